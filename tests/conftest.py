@@ -1,0 +1,5 @@
+"""The strict configuration in which every test runs."""
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
