@@ -1,0 +1,52 @@
+"""Images and labels, decoded once and kept on disk."""
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+Examples = tuple[UInt8[np.ndarray, "n h w c"], UInt8[np.ndarray, " n"]]
+
+
+def arrays(filename: str, build: Callable[[], Examples]) -> Examples:
+    """Reads images and labels from the cache, building and writing them if they are not there.
+
+    Args:
+      filename: Names the file, an npz, and must identify the contents.
+      build: Makes the images and labels.
+
+    Returns:
+      The images and the labels. A damaged file is built anew: the checksums in an npz tell.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(home) / "advjax" / filename
+    # Damage can make the reader raise anything; a file that is not there is the usual case.
+    with contextlib.suppress(Exception):
+        return _read(path)
+    images, labels = build()
+    try:
+        _write(path, images, labels)
+    except OSError as error:
+        warnings.warn(f"could not cache the decoded images in {path}: {error}", stacklevel=2)
+    return images, labels
+
+
+def _read(path: Path) -> Examples:
+    with path.open("rb") as file, np.load(file) as contents:
+        images, labels = contents["images"], contents["labels"]
+    if not (images.dtype == labels.dtype == np.uint8 and images.shape[:1] == labels.shape):
+        raise ValueError(f"{path} holds something else")
+    return images, labels
+
+
+def _write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        unfinished = Path(directory) / path.name
+        np.savez(unfinished, images=images, labels=labels)
+        unfinished.replace(path)  # atomic: nobody ever reads half a file

@@ -1,0 +1,123 @@
+"""Loads a data set as arrays, from tensorflow-datasets or from the sample inside the package."""
+
+import importlib.resources
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from advjax.data import cache
+
+NAMES = ("mnist", "fashion_mnist")
+SPLITS = ("train", "test")
+SOURCES = ("auto", "tfds", "embedded")
+
+
+class Dataset(NamedTuple):
+    """The images of one split, their labels, and where they came from."""
+
+    images: Float[np.ndarray, "n 28 28 1"]
+    labels: Int[np.ndarray, " n"]
+    source: str
+
+
+def load(
+    name: Literal["mnist", "fashion_mnist"],
+    split: Literal["train", "test"],
+    *,
+    source: Literal["auto", "tfds", "embedded"] = "auto",
+    data_dir: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Loads one split of MNIST or Fashion-MNIST as NumPy arrays.
+
+    Args:
+      name: The data set, "mnist" or "fashion_mnist".
+      split: "train" (60,000 images) or "test" (10,000 images).
+      source: "tfds" reads what tensorflow-datasets has prepared, and downloads and prepares what
+        it has not; TensorFlow is not needed. "embedded" is a sample of MNIST inside the package:
+        500 training and 100 test images of each digit. "auto" is "tfds" where that can be had,
+        and otherwise, with a warning, "embedded".
+      data_dir: Where tensorflow-datasets keeps its data; its own default, TFDS_DATA_DIR or
+        ~/tensorflow_datasets, if None.
+
+    Returns:
+      Images (n, 28, 28, 1), float32 in [0, 1]; labels (n,), int32 in 0..9; and the source,
+      "tfds" or "embedded". The order is that of tensorflow-datasets, in which classes are mixed.
+
+    Raises:
+      ValueError: An unknown `name`, `split` or `source`, or a data set that is not embedded.
+      ImportError: tensorflow-datasets is needed and is not installed.
+      OSError: The data are not prepared, and cannot be downloaded within a few seconds' notice.
+    """
+    _check("name", name, NAMES)
+    _check("split", split, SPLITS)
+    _check("source", source, SOURCES)
+    if source == "embedded":
+        return _from_sample(name, split)
+    try:
+        return _from_tfds(name, split, data_dir)
+    except (ImportError, OSError) as error:
+        if source == "tfds" or name != "mnist":
+            raise
+        warnings.warn(
+            f"Loading the sample of MNIST inside the package, not the full set: {error}",
+            stacklevel=2,
+        )
+        return _from_sample(name, split)
+
+
+def _check(argument: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{argument}={value!r} is unknown; choose one of {', '.join(known)}")
+
+
+def _to_dataset(
+    images: UInt8[np.ndarray, "n 28 28 1"], labels: UInt8[np.ndarray, " n"], source: str
+) -> Dataset:
+    return Dataset(images / np.float32(255), labels.astype(np.int32), source)
+
+
+def _from_sample(name: str, split: str) -> Dataset:
+    if name != "mnist":
+        raise ValueError(
+            f'name={name!r} is not embedded, only mnist is; load it with source="tfds"'
+        )
+    resource = importlib.resources.files("advjax.data") / "mnist_sample.npz"
+    with resource.open("rb") as file, np.load(file) as sample:
+        return _to_dataset(sample[f"{split}_images"], sample[f"{split}_labels"], "embedded")
+
+
+def _from_tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
+    try:
+        from advjax.data import idx_builder  # noqa: PLC0415, it needs an optional dependency
+    except ImportError as error:
+        raise ImportError(
+            f'{name} is read with tensorflow-datasets: pip install "advjax[experiments]" ({error})'
+        ) from error
+
+    # tensorflow-datasets reads the variable too, but only once, when it is imported.
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
+    with _absl_errors_only():
+        builder = idx_builder.prepared(name, os.path.expanduser(data_dir) if data_dir else None)
+        images, labels = cache.arrays(
+            f"{name}-{split}-{builder.version}-{idx_builder.fingerprint(builder, split)}.npz",
+            lambda: idx_builder.read(builder, split),
+        )
+    return _to_dataset(images, labels, "tfds")
+
+
+@contextmanager
+def _absl_errors_only() -> Iterator[None]:
+    """Mutes the warnings tensorflow-datasets logs about what is handled or meant here."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

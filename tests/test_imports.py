@@ -1,0 +1,88 @@
+"""Imports point down the house, and optional packages are imported late."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "advjax"
+
+FLOORS = [  # from the top down; rooms of one floor do not import each other
+    {"plots"},
+    {"runner"},
+    {"training"},
+    {"lipschitz"},
+    {"transfer"},
+    {"units"},
+    {"attacks"},
+    {"solvers"},
+    {"models"},
+    {"data"},
+    {"metrics"},
+    {"losses"},
+    {"checks"},
+    {"types"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+OPTIONAL = {"matplotlib", "tqdm", "tensorflow_datasets", "PIL"}
+LATE = {"advjax.data.idx_builder"}  # imports optional packages, and so must be imported late
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+ROOMED = {name: path for name, path in MODULES.items() if name != "advjax"}
+
+
+def imports(path, *, at_import_time=False):
+    """The dotted names that a file imports; `from a import b` counts as a and as a.b."""
+    nodes = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif at_import_time and (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        ):
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
+
+
+def test_every_module_has_a_room():
+    rooms = {name.split(".")[1] for name in ROOMED}
+    assert rooms <= FLOOR.keys(), "add the new room to FLOORS, at its place"
+
+
+@pytest.mark.parametrize("name", ROOMED)
+def test_imports_point_down(name):
+    room = name.split(".")[1]
+    for imported in imports(ROOMED[name]):
+        if imported == "experiments" or imported.startswith("experiments."):
+            pytest.fail(f"{name} imports {imported}")
+        if imported.split(".")[0] == "advjax":
+            # `from advjax import losses` is in order, the library's re-exports are not.
+            other = imported.split(".")[1] if "." in imported else None
+            assert other is None or other == room or FLOOR[other] > FLOOR[room], (
+                f"{name} imports {imported}"
+            )
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_optional_packages_are_imported_late(name):
+    early = set(imports(MODULES[name], at_import_time=True))
+    if name not in LATE:
+        assert not {imported.split(".")[0] for imported in early} & OPTIONAL
+    assert not early & LATE
+
+
+def test_the_modules_that_must_be_imported_late_are_there():
+    assert MODULES.keys() >= LATE
