@@ -1,0 +1,118 @@
+"""Checks of arguments while a function is traced: shapes, dtypes and options, never values."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from advjax.types import Box, LogitsFn
+
+
+def floating(name: str, array: Any) -> Float[Array, "*shape"]:
+    """`array` as a JAX array; TypeError unless it is real and floating."""
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        remedy = "convert it to float32"
+        if array.dtype == jnp.uint8:
+            remedy = f"scale 8-bit images to [0, 1]: {name} / 255.0"
+        raise TypeError(f"{name}: dtype {array.dtype}, expected a floating one; {remedy}.")
+    return array
+
+
+def target(value: Any) -> Int[Array, ""]:
+    """`value` as an int32 scalar; TypeError unless an integer, ValueError unless a scalar."""
+    value = jnp.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(
+            f"target: dtype {value.dtype}, expected an integer class index; "
+            "for one-hot or soft labels pass their argmax."
+        )
+    if value.shape:
+        raise ValueError(
+            f"target: shape {value.shape}, expected one class index; for a batch of images use "
+            "jax.vmap over x and target."
+        )
+    return value.astype(jnp.int32)
+
+
+def box(value: Any, x: Float[Array, "*shape"]) -> Box:
+    """`value` as a `Box` of two arrays like `x`; ValueError unless a pair that broadcasts to it."""
+    try:
+        lower, upper = value
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"box: {value!r}, expected a pair (lower, upper), such as Box(0.0, 1.0)."
+        ) from None
+
+    def bound(name, array):
+        array = jnp.asarray(array, x.dtype)
+        try:
+            return jnp.broadcast_to(array, x.shape)
+        except ValueError:
+            raise ValueError(
+                f"box: {name} bound of shape {array.shape} does not broadcast to the shape "
+                f"{x.shape} of the image; pass a scalar or an array of that shape."
+            ) from None
+
+    return Box(bound("lower", lower), bound("upper", upper))
+
+
+def logits(logits_fn: LogitsFn, x: Float[Array, "*shape"]) -> jax.ShapeDtypeStruct:
+    """What `logits_fn` returns for `x`; an error unless floating logits of one example."""
+    if not callable(logits_fn):
+        raise TypeError(
+            f"logits_fn: {type(logits_fn).__name__}, expected a function of one example; for a "
+            "Flax module pass lambda x: model.apply(params, x)."
+        )
+    out = jax.eval_shape(logits_fn, x)
+    if not hasattr(out, "shape"):
+        raise TypeError(
+            f"logits_fn: returns a {type(out).__name__}, expected one array of logits; for a model "
+            "with several outputs pass lambda x: model(x)[0]."
+        )
+    if len(out.shape) != 1 or out.shape[0] < 2:
+        remedy = "return one logit for each class"
+        if len(out.shape) == 2 and out.shape[0] == 1:
+            remedy = "if the model wants a batch, pass lambda x: model(x[None])[0]"
+        elif len(out.shape) == 2:
+            remedy = "pass ONE example as x and use jax.vmap for a batch"
+        raise ValueError(
+            f"logits_fn: returns shape {out.shape} for x of shape {x.shape}, expected (classes,) "
+            f"with at least 2 classes; {remedy}."
+        )
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(
+            f"logits_fn: returns dtype {out.dtype}, expected floating logits (not predictions)."
+        )
+    return out
+
+
+def scalar(name: str, fun: Callable[..., Any], *examples: Any) -> None:
+    """ValueError unless `fun` returns a real floating scalar for arguments like the examples."""
+    out = jax.eval_shape(fun, *examples)
+    shape, dtype = getattr(out, "shape", None), getattr(out, "dtype", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        got = f"shape {shape} of dtype {dtype}" if dtype is not None else f"{type(out).__name__}"
+        raise ValueError(f"{name}: returns {got}, expected a floating scalar; sum or index it.")
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value` as an int; ValueError unless an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}: {value!r}, expected an integer of at least 1.")
+    return int(value)
+
+
+def number(name: str, value: Any, *, minimum: float, exclusive: bool = False) -> float:
+    """`value` as a float; ValueError unless a number of at least (or above) the minimum."""
+    try:
+        out = float(value)
+    except (TypeError, ValueError):
+        out = float("nan")
+    if not (out > minimum if exclusive else out >= minimum) or out == float("inf"):
+        relation = "above" if exclusive else "of at least"
+        raise ValueError(f"{name}: {value!r}, expected a finite number {relation} {minimum}.")
+    return out

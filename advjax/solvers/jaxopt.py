@@ -1,0 +1,126 @@
+"""jaxopt's L-BFGS-B behind the interface of our own solver, guarded against its defects.
+
+jaxopt 0.8.5 is no longer maintained, and three of its defects matter here (each has a test that
+will fail, and so say it, once jaxopt is mended):
+
+- A free coordinate of the Cauchy point that sits a rounding error outside the box makes the
+  subspace step leave the box by far. Guard: the bounds it is given are wider by `slack`, and its
+  answer is clipped.
+- Its ring buffer of past steps is not put in order before the lower triangle of S^T Y is taken, so
+  that the matrix is wrong once the memory has wrapped. Guard: the buffer is rolled after each
+  update, so that the oldest pair always stands first.
+- With `linesearch="backtracking"` it can blow up. Guard: the zoom line search, always.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxopt
+from jaxtyping import Array, Float
+
+from advjax import checks
+from advjax.solvers.base import (
+    Solver,
+    SolverState,
+    Status,
+    ValueAndGrad,
+    initial_state,
+    projected_gradient_norm,
+)
+from advjax.types import Box
+
+
+def jaxopt_lbfgsb(*, memory: int = 10, tol: float = 1e-5, slack: float = 1e-6) -> Solver:
+    """`jaxopt.LBFGSB` as a `Solver`, guarded: for comparison, and for whoever relies on it.
+
+    A step is one whole iteration with its line search, so it makes as many evaluations as that
+    needs (`num_evals` counts them); under `jax.vmap` every lane waits for the slowest line search.
+    `lbfgsb` needs far less time and fewer evaluations.
+
+    Args:
+        memory: How many pairs of steps and gradient changes it remembers.
+        tol: It has converged where the length of the projected gradient,
+            `||clip(x - grad) - x||_2`, is at most this.
+        slack: By how much the bounds it is given are wider than the box, in the unit of `x`.
+
+    Returns:
+        A `Solver`. It ends as `STALLED` where its line search fails.
+
+    Raises:
+        ValueError: If `memory` is not a positive integer, or `tol` or `slack` is negative.
+    """
+    memory = checks.positive_int("memory", memory)
+    tol = checks.number("tol", tol, minimum=0)
+    slack = checks.number("slack", slack, minimum=0)
+
+    def method(value_and_grad: ValueAndGrad) -> jaxopt.LBFGSB:
+        return jaxopt.LBFGSB(
+            fun=value_and_grad,
+            value_and_grad=True,
+            has_aux=True,
+            history_size=memory,
+            linesearch="zoom",
+            implicit_diff=False,
+        )
+
+    def init(value_and_grad: ValueAndGrad, x0: Float[Array, "*shape"], box: Box) -> SolverState:
+        shapes = jax.eval_shape(method(value_and_grad).init_state, x0, None)
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        one = jnp.ones((), x0.dtype)
+        return initial_state(value_and_grad, x0, box, blank._replace(theta=one, stepsize=one))
+
+    def step(value_and_grad: ValueAndGrad, state: SolverState, box: Box) -> SolverState:
+        known = state.memory._replace(value=state.value, grad=state.grad, aux=state.aux)
+
+        def evaluate():
+            (value, aux), grad = value_and_grad(state.x)
+            evals = known.num_fun_eval + 1
+            return state.x, known._replace(value=value, grad=grad, aux=aux, num_fun_eval=evals)
+
+        def iterate():
+            bounds = jnp.subtract(box.lower, slack), jnp.add(box.upper, slack)
+            x, new = method(value_and_grad).update(state.x, known, bounds)
+            return jnp.clip(x, box.lower, box.upper), _oldest_first(new, memory)
+
+        unevaluated = jnp.isinf(state.value)
+        x, new = jax.lax.cond(unevaluated, evaluate, iterate)
+        finite = jnp.isfinite(new.value) & jnp.all(jnp.isfinite(new.grad) & jnp.isfinite(x))
+        x, kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (x, new), (state.x, known))
+        error = jnp.where(
+            unevaluated & ~finite, jnp.inf, projected_gradient_norm(x, kept.grad, box)
+        )
+        return SolverState(
+            x=x,
+            value=kept.value,
+            grad=kept.grad,
+            aux=kept.aux,
+            error=error,
+            status=jnp.select(
+                [unevaluated & ~finite, error <= tol, ~finite | new.failed_linesearch],
+                [
+                    jnp.int32(Status.NONFINITE),
+                    jnp.int32(Status.CONVERGED),
+                    jnp.int32(Status.STALLED),
+                ],
+                jnp.int32(Status.RUNNING),
+            ),
+            num_evals=new.num_fun_eval,
+            memory=kept._replace(num_fun_eval=new.num_fun_eval),
+        )
+
+    return Solver(init, step)
+
+
+def _oldest_first(state: Any, memory: int) -> Any:
+    """A jaxopt state with its history rolled, once full, so that the oldest pair stands first."""
+    full = state.num_updates > memory
+
+    def roll(history):
+        return jnp.where(full, jnp.roll(history, -1, axis=0), history)
+
+    return state._replace(
+        s_history=roll(state.s_history),
+        y_history=roll(state.y_history),
+        num_updates=jnp.where(full, memory, state.num_updates),
+    )
