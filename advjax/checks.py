@@ -22,20 +22,31 @@ def floating(name: str, array: Any) -> Float[Array, "*shape"]:
     return array
 
 
-def target(value: Any) -> Int[Array, ""]:
+def class_index(name: str, value: Any) -> Int[Array, ""]:
     """`value` as an int32 scalar; TypeError unless an integer, ValueError unless a scalar."""
     value = jnp.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(
-            f"target: dtype {value.dtype}, expected an integer class index; "
+            f"{name}: dtype {value.dtype}, expected an integer class index; "
             "for one-hot or soft labels pass their argmax."
         )
     if value.shape:
         raise ValueError(
-            f"target: shape {value.shape}, expected one class index; for a batch of images use "
-            "jax.vmap over x and target."
+            f"{name}: shape {value.shape}, expected one class index; for a batch of images use "
+            f"jax.vmap over x and {name}."
         )
     return value.astype(jnp.int32)
+
+
+def one_example(logits: Any) -> Float[Array, " classes"]:
+    """`logits` as a JAX array; ValueError if it has a batch axis."""
+    logits = jnp.asarray(logits)
+    if logits.ndim != 1:
+        raise ValueError(
+            f"logits: shape {logits.shape}, expected (classes,) of one example; "
+            "use jax.vmap for a batch."
+        )
+    return logits
 
 
 def box(value: Any, x: Float[Array, "*shape"]) -> Box:

@@ -48,7 +48,7 @@ def no_network(monkeypatch):
 @pytest.fixture
 def idx_builder():
     pytest.importorskip("tensorflow_datasets")
-    from advjax.data import idx_builder  # noqa: PLC0415, tensorflow-datasets is optional
+    from advjax.data import idx_builder
 
     return idx_builder
 
@@ -86,7 +86,7 @@ def test_the_embedded_digits_are_digits_of_mnist_of_the_same_split(split, size):
 @each_split
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_the_full_set_equals_what_tensorflow_datasets_reads(name, split, size):
-    import tensorflow_datasets as tfds  # noqa: PLC0415
+    import tensorflow_datasets as tfds
 
     images, labels, source = data.load(name, split, source="tfds", data_dir=PREPARED)
     stock = tfds.builder(name, data_dir=PREPARED).as_data_source(split)
@@ -230,7 +230,7 @@ def test_downloads_are_checked_against_the_checksums_of_tensorflow_datasets(idx_
 
 
 def test_our_builders_do_not_replace_those_of_tensorflow_datasets(idx_builder):
-    import tensorflow_datasets as tfds  # noqa: PLC0415
+    import tensorflow_datasets as tfds
 
     assert not isinstance(tfds.builder("mnist"), idx_builder.MNIST)
 

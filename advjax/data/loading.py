@@ -94,7 +94,7 @@ def _from_sample(name: str, split: str) -> Dataset:
 
 def _from_tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
     try:
-        from advjax.data import idx_builder  # noqa: PLC0415, it needs an optional dependency
+        from advjax.data import idx_builder
     except ImportError as error:
         raise ImportError(
             f'{name} is read with tensorflow-datasets: pip install "advjax[experiments]" ({error})'

@@ -1,0 +1,54 @@
+"""What an attack trades off: a classification loss and the size of a perturbation."""
+
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from advjax import checks
+
+
+def cross_entropy(
+    logits: Float[ArrayLike, " classes"], target: Int[ArrayLike, ""]
+) -> Float[Array, ""]:
+    """The negative log-likelihood of one class under a softmax.
+
+    Args:
+        logits: Unnormalised log-probabilities of one example.
+        target: The class, in `[0, classes)`; it may be traced.
+
+    Returns:
+        `-log softmax(logits)[target]`, in nats: finite however large the logits are.
+
+    Raises:
+        ValueError: If `logits` or `target` has a batch axis; `jax.vmap` the loss instead.
+        TypeError: If `target` is not an integer.
+    """
+    logits = checks.one_example(logits)
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits, checks.class_index("target", target)
+    )
+
+
+def squared_l2(r: Float[ArrayLike, "..."]) -> Float[Array, ""]:
+    """The squared Euclidean length of a perturbation of any shape.
+
+    Args:
+        r: A perturbation, the whole of it (no batch axis).
+
+    Returns:
+        `sum(r**2)`: smooth everywhere.
+    """
+    return jnp.sum(jnp.square(r))
+
+
+def l2(r: Float[ArrayLike, "..."]) -> Float[Array, ""]:
+    """The Euclidean length of a perturbation of any shape.
+
+    Args:
+        r: A perturbation, the whole of it (no batch axis).
+
+    Returns:
+        `sqrt(sum(r**2))`, whose gradient at `r = 0`, where every attack starts, is 0 and not NaN.
+    """
+    return optax.safe_norm(jnp.ravel(r), 0.0)

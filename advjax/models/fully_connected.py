@@ -1,0 +1,75 @@
+"""The paper's fully connected networks on MNIST."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+
+class Softmax(nn.Module):
+    """Softmax regression, the paper's FC10: one linear layer on the flattened image.
+
+    It takes ONE example of any shape; use `jax.vmap` for a batch:
+
+        model = Softmax()
+        params = model.init(key, image)
+        logits_fn = functools.partial(model.apply, params)
+
+    Attributes:
+        classes: How many classes.
+
+    Source: Szegedy et al. (2013), section 4.2.
+    """
+
+    classes: int = 10
+
+    @nn.compact
+    def layers(self, x: Float[Array, "*shape"]) -> dict[str, Float[Array, " features"]]:
+        """The output of each layer by its name, here only "logits"."""
+        return {"logits": nn.Dense(self.classes, name="logits")(jnp.ravel(x))}
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, " classes"]:
+        """The logits of one example."""
+        return self.layers(x)["logits"]
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron, by default the paper's FC100-100-10.
+
+    It takes ONE example of any shape; use `jax.vmap` for a batch. Ask for the outputs of the
+    hidden layers by name:
+
+        model = MLP()
+        params = model.init(key, image)
+        logits = model.apply(params, image)
+        phi = model.apply(params, image, method="layers")["hidden2"]
+
+    Attributes:
+        features: The width of each layer; the last is the number of classes.
+        activation: The elementwise function after every layer but the last.
+
+    Source: Szegedy et al. (2013), section 4.2.
+    """
+
+    features: tuple[int, ...] = (100, 100, 10)
+    activation: Callable[[Array], Array] = jax.nn.sigmoid
+
+    @nn.compact
+    def layers(self, x: Float[Array, "*shape"]) -> dict[str, Float[Array, " features"]]:
+        """The output of each layer by its name: "hidden1", "hidden2", ..., "logits".
+
+        Hidden outputs are taken after the activation. Parameters carry the same names.
+        """
+        outputs = {}
+        h = jnp.ravel(x)
+        *hidden, classes = self.features
+        for i, width in enumerate(hidden, start=1):
+            h = self.activation(nn.Dense(width, name=f"hidden{i}")(h))
+            outputs[f"hidden{i}"] = h
+        return outputs | {"logits": nn.Dense(classes, name="logits")(h)}
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, " classes"]:
+        """The logits of one example."""
+        return self.layers(x)["logits"]

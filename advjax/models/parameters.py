@@ -1,0 +1,76 @@
+"""Parameters in a file."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import safetensors.flax
+from flax import traverse_util
+from jaxtyping import Array, PyTree
+
+
+def save(
+    path: str | os.PathLike[str],
+    params: PyTree[Array],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write parameters to one safetensors file, in a single step: whole or not at all.
+
+    Safetensors rather than Orbax: these networks are small, and one plain file is easier to keep
+    and hand on than a directory. It opens in NumPy and PyTorch too, and reading it runs no code.
+
+    Args:
+        path: The file to write or replace.
+        params: Nested dicts of arrays, as `init` of a Flax Linen module makes them. An array is
+            named by its keys: "params/hidden1/kernel".
+        metadata: Strings to keep beside them: how the network was trained, say. Read them with
+            `safetensors.safe_open(path, "numpy").metadata()`.
+
+    Raises:
+        ValueError: If `params` is anything but nested dicts whose keys are strings without "/".
+    """
+    flat = {_name(keys): leaf for keys, leaf in jax.tree.leaves_with_path(params)}
+    data = safetensors.flax.save(flat, metadata=dict(metadata) if metadata else None)
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str]) -> PyTree[Array]:
+    """Read the parameters that `save` wrote.
+
+    Args:
+        path: A safetensors file.
+
+    Returns:
+        Nested dicts of arrays with the dtypes that were saved; without `jax_enable_x64`, JAX
+        narrows 64 bits to 32.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a whole safetensors file.
+    """
+    try:
+        flat = safetensors.flax.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"path: {os.fspath(path)} is not a whole safetensors file ({error}); save it again."
+        ) from error
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _name(keys: tuple[Any, ...]) -> str:
+    names: list[Any] = [getattr(key, "key", None) for key in keys]  # None for lists and the like
+    if not names or not all(isinstance(name, str) and "/" not in name for name in names):
+        raise ValueError(
+            f"params: an array at {jax.tree_util.keystr(keys) or 'the root'}, expected nested "
+            'dicts whose keys are strings without "/"; convert the containers or rename the keys.'
+        )
+    return "/".join(names)

@@ -1,0 +1,279 @@
+"""Training against closed forms, SciPy, and the errors that the paper prints."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import optimize, special
+
+from advjax import data, losses, metrics, models, training
+
+KEY = jax.random.key(0)
+
+
+def small_problem(n=60, pixels=6, classes=3):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(n, pixels)).astype(np.float32)
+    labels = (images @ rng.normal(size=(pixels, classes))).argmax(1).astype(np.int32)
+    model = models.Softmax(classes)
+    return model, model.init(KEY, images[0]), images, labels
+
+
+def penalised_loss_and_gradient(params, images, labels, lam):
+    """Softmax regression by hand: the value, and the gradient by kernel and bias."""
+    kernel, bias = (np.asarray(params["params"]["logits"][k], float) for k in ("kernel", "bias"))
+    log_p = special.log_softmax(images @ kernel + bias, axis=1)
+    error = (np.exp(log_p) - np.eye(len(bias))[labels]) / len(labels)
+    value = -log_p[np.arange(len(labels)), labels].mean() + lam / 2 * (kernel**2).sum()
+    return value, images.T @ error + lam * kernel, error.sum(0)
+
+
+def test_a_full_batch_gradient_step_is_the_one_computed_by_hand():
+    model, params, images, labels = small_problem()
+    value, kernel_gradient, bias_gradient = penalised_loss_and_gradient(params, images, labels, 0.1)
+    result = training.fit(
+        model.apply,
+        params,
+        images,
+        labels,
+        key=KEY,
+        penalty=training.weight_decay(0.1),
+        optimizer=optax.sgd(0.5),
+        epochs=1,
+        batch_size=len(images),
+    )
+    np.testing.assert_allclose(result.losses, [value], rtol=1e-5)
+    before, after = params["params"]["logits"], result.params["params"]["logits"]
+    step = jax.tree.map(lambda a, b: a - b, before, after)
+    np.testing.assert_allclose(step["kernel"], 0.5 * kernel_gradient, atol=1e-6)
+    np.testing.assert_allclose(step["bias"], 0.5 * bias_gradient, atol=1e-6)
+
+
+def test_full_batch_lbfgs_converges_to_the_minimum_that_scipy_finds():
+    model, params, images, labels = small_problem()
+
+    def objective(flat):
+        kernel, bias = flat[:18].reshape(6, 3), flat[18:]
+        value, *gradient = penalised_loss_and_gradient(
+            {"params": {"logits": {"kernel": kernel, "bias": bias}}}, images, labels, 0.01
+        )
+        return value, np.concatenate([np.ravel(g) for g in gradient])
+
+    minimum = optimize.minimize(objective, np.zeros(21), jac=True, tol=1e-12).fun
+    result = training.fit(
+        model.apply,
+        params,
+        images,
+        labels,
+        key=KEY,
+        penalty=training.weight_decay(0.01),
+        optimizer=optax.lbfgs(),
+        epochs=200,
+        batch_size=len(images),
+        tol=1e-6,
+    )
+    assert result.losses[-1] == pytest.approx(minimum, rel=1e-5)
+    assert result.converged
+    assert len(result.losses) < 200
+
+
+def visits(n, batch_size, *, epochs=1, key=KEY):
+    """How often each of n images was used: an image is a one-hot, and a step subtracts it."""
+    result = training.fit(
+        jnp.vdot,
+        jnp.zeros(n),
+        np.eye(n, dtype=np.float32),
+        np.zeros(n),
+        key=key,
+        loss=lambda output, label: output,
+        optimizer=optax.sgd(1.0),
+        epochs=epochs,
+        batch_size=batch_size,
+        patience=epochs,
+    )
+    return -np.asarray(result.params) * min(batch_size, n)
+
+
+def test_an_epoch_leaves_no_image_out_when_batches_do_not_divide_them():
+    counts = visits(10, 4)
+    assert sorted(counts) == [1] * 8 + [2] * 2
+
+
+@pytest.mark.parametrize("batch_size", [5, 10, 256])
+def test_an_epoch_uses_each_image_once_when_batches_divide_them_or_exceed_them(batch_size):
+    np.testing.assert_allclose(visits(10, batch_size), np.ones(10), rtol=1e-6)
+
+
+def test_each_epoch_has_its_own_order_and_the_key_fixes_them_all():
+    two_epochs = visits(10, 4, epochs=2)
+    assert two_epochs.sum() == pytest.approx(24)
+    assert 3 in two_epochs  # filled up the last batch of one epoch, not of the other
+    np.testing.assert_array_equal(visits(10, 4, epochs=2), two_epochs)
+    assert (visits(10, 4, epochs=2, key=jax.random.key(1)) != two_epochs).any()
+
+
+def test_later_epochs_do_not_compile_again():
+    model, params, images, labels = small_problem()
+    traces = []
+
+    def apply(params, x):
+        traces.append(1)
+        return model.apply(params, x)
+
+    counts = []
+    for epochs in (1, 4):
+        training.fit(apply, params, images, labels, key=KEY, epochs=epochs)
+        counts.append(len(traces))
+        traces.clear()
+    assert counts[0] == counts[1]
+
+
+def test_another_loss_makes_an_autoencoder_of_it():
+    images = np.random.default_rng(0).uniform(size=(40, 3)).astype(np.float32)
+    result = training.fit(
+        jnp.multiply,
+        jnp.zeros(3),
+        images,
+        images,
+        key=KEY,
+        loss=lambda output, image: losses.squared_l2(output - image),
+        optimizer=optax.sgd(0.5),
+        batch_size=20,
+        tol=1e-3,
+    )
+    np.testing.assert_allclose(result.params, np.ones(3), atol=1e-3)
+
+
+def test_training_ends_at_a_loss_that_is_not_finite_and_has_not_converged():
+    model, params, images, labels = small_problem()
+    diverging = optax.sgd(1e38)
+    result = training.fit(model.apply, params, images, labels, key=KEY, optimizer=diverging)
+    assert not np.isfinite(result.losses[-1])
+    assert np.isfinite(result.losses[:-1]).all()
+    assert not result.converged
+
+
+def test_training_works_in_double_precision():
+    with jax.enable_x64(True):
+        model, params, images, labels = small_problem()
+        params = jax.tree.map(lambda w: w.astype(jnp.float64), params)
+        result = training.fit(
+            model.apply,
+            params,
+            images.astype(np.float64),
+            labels,
+            key=KEY,
+            penalty=training.weight_decay(1e-4),
+        )
+        assert {w.dtype for w in jax.tree.leaves(result.params)} == {jnp.dtype("float64")}
+        assert result.losses[-1] < result.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"images": np.zeros((60, 6), np.uint8)}, TypeError, "images: .*uint8.*scale 8-bit"),
+        ({"labels": np.zeros(60, np.float32)}, TypeError, "expected an integer class index"),
+        ({"labels": np.zeros((60, 3), np.int32)}, ValueError, "expected one class index"),
+        ({"labels": np.zeros(59, np.int32)}, ValueError, r"labels: shape \(59,\) for images of"),
+        ({"epochs": 0}, ValueError, "epochs: 0, expected an integer"),
+        ({"batch_size": 0}, ValueError, "batch_size: 0, expected an integer"),
+        ({"patience": 0}, ValueError, "patience: 0, expected an integer"),
+    ],
+)
+def test_bad_input_is_refused_with_its_name_and_a_remedy(changes, error, message):
+    model, params, images, labels = small_problem()
+    arguments = {"images": images, "labels": labels, "key": KEY} | changes
+    with pytest.raises(error, match=message):
+        training.fit(model.apply, params, **arguments)
+
+
+def test_progress_is_shown_on_request_alone(capsys):
+    model, params, images, labels = small_problem()
+    training.fit(model.apply, params, images, labels, key=KEY, epochs=2)
+    assert capsys.readouterr().err == ""
+    training.fit(model.apply, params, images, labels, key=KEY, epochs=2, progress=True)
+    assert "loss=" in capsys.readouterr().err
+
+
+def test_progress_without_tqdm_says_what_to_install(monkeypatch):
+    model, params, images, labels = small_problem()
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match=r"advjax\[experiments\]"):
+        training.fit(model.apply, params, images, labels, key=KEY, progress=True)
+
+
+def kernels_and_biases():
+    model = models.MLP((5, 4, 3))
+    params = model.init(KEY, jnp.zeros(6))
+    return jax.tree.map(lambda w: w + 1, params)
+
+
+def test_weight_decay_is_half_lambda_times_the_squared_weights_layer_by_layer():
+    params = kernels_and_biases()
+    lambdas = {"hidden1": 1e-1, "hidden2": 1e-2, "logits": 1e-3}
+    expected = sum(
+        lam / 2 * np.sum(np.asarray(params["params"][name]["kernel"], float) ** 2)
+        for name, lam in lambdas.items()
+    )
+    penalty = training.weight_decay(tuple(lambdas.values()))
+    np.testing.assert_allclose(penalty(params), expected, rtol=1e-6)
+
+
+def test_weight_decay_pulls_kernels_to_zero_by_lambda_and_leaves_biases_alone():
+    params = kernels_and_biases()
+    gradient = jax.grad(training.weight_decay(0.1))(params)["params"]
+    for name, layer in params["params"].items():
+        np.testing.assert_allclose(gradient[name]["kernel"], 0.1 * layer["kernel"], rtol=1e-6)
+        np.testing.assert_array_equal(gradient[name]["bias"], np.zeros_like(layer["bias"]))
+
+
+def test_weight_decay_names_the_kernels_when_the_lambdas_do_not_match_them():
+    message = r"lambdas: shape \(2,\) for 3 kernels .*'params/hidden2/kernel'"
+    with pytest.raises(ValueError, match=message):
+        training.weight_decay((1e-4, 1e-4))(kernels_and_biases())
+
+
+def test_weight_decay_of_no_kernels_at_all_is_refused():
+    with pytest.raises(ValueError, match="0 kernels"):
+        training.weight_decay(1e-4)({"bias": jnp.zeros(3)})
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    try:
+        return {split: data.load("mnist", split, source="tfds") for split in ("train", "test")}
+    except (ImportError, OSError) as error:
+        pytest.skip(f"MNIST is not to be had: {error}")
+
+
+def errors_after_training(mnist, model, lambdas, **options):
+    init_key, fit_key = jax.random.split(KEY)
+    images, labels, _ = mnist["train"]
+    result = training.fit(
+        model.apply,
+        model.init(init_key, images[0]),
+        images,
+        labels,
+        key=fit_key,
+        penalty=training.weight_decay(lambdas),
+        **options,
+    )
+    logits_fn = functools.partial(model.apply, result.params)
+    return [metrics.error_rate(logits_fn, images, labels) for images, labels, _ in mnist.values()]
+
+
+def test_softmax_regression_reaches_the_errors_that_the_paper_prints_for_fc10(mnist):
+    train_error, test_error = errors_after_training(mnist, models.Softmax(), 1e-4, epochs=20)
+    assert train_error == pytest.approx(0.067, abs=0.002)
+    assert test_error == pytest.approx(0.074, abs=0.002)
+
+
+def test_the_sigmoid_network_fits_the_training_set_and_generalises_as_the_papers_does(mnist):
+    train_error, test_error = errors_after_training(mnist, models.MLP(), (1e-4, 1e-4, 1e-5))
+    assert train_error <= 0.001
+    assert test_error <= 0.018
