@@ -3,3 +3,18 @@
 An implementation of "Intriguing properties of neural networks" (Szegedy et al., 2013,
 arXiv:1312.6199).
 """
+
+from advjax import attacks, data, losses, metrics, models, solvers, training
+from advjax.types import Box, LogitsFn
+
+__all__ = [
+    "Box",
+    "LogitsFn",
+    "attacks",
+    "data",
+    "losses",
+    "metrics",
+    "models",
+    "solvers",
+    "training",
+]
