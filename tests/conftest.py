@@ -1,5 +1,71 @@
-"""The strict configuration in which every test runs."""
+"""The strict configuration in which every test runs, and the nets that many attack."""
+
+import dataclasses
+import functools
+import os
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advjax import data, metrics, models, training
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Victims:
+    """A trained net, with the first test images that it gets right and a target for each."""
+
+    model: object
+    params: dict
+    logits_fn: object
+    images: jax.Array
+    targets: jax.Array
+    train_error: float
+    test_error: float
+
+
+@pytest.fixture(scope="session")
+def mnist():
+    """Train and test digits: the whole of MNIST where it is prepared, else the sample."""
+    source = "tfds" if "TFDS_DATA_DIR" in os.environ else "embedded"
+    return tuple(data.load("mnist", split, source=source) for split in ("train", "test"))
+
+
+def _train(model, lambdas, epochs, mnist, count=50):
+    train, test = mnist
+    params = training.fit(
+        model.apply,
+        model.init(jax.random.key(2), train.images[0]),
+        train.images,
+        train.labels,
+        key=jax.random.key(3),
+        penalty=training.weight_decay(lambdas),
+        epochs=epochs,
+    ).params
+    logits_fn = functools.partial(model.apply, params)
+    right = np.asarray(jax.vmap(logits_fn)(test.images[:200]).argmax(1)) == test.labels[:200]
+    chosen = np.flatnonzero(right)[:count]
+    return Victims(
+        model=model,
+        params=params,
+        logits_fn=logits_fn,
+        images=jnp.asarray(test.images[chosen]),
+        targets=jnp.asarray((test.labels[chosen] + 1 + np.arange(count) % 9) % 10),
+        train_error=metrics.error_rate(logits_fn, train.images, train.labels),
+        test_error=metrics.error_rate(logits_fn, test.images, test.labels),
+    )
+
+
+@pytest.fixture(scope="session")
+def fc10(mnist):
+    """The paper's FC10(1e-4): linear, so that its minimum distortion is a quadratic program."""
+    return _train(models.Softmax(), 1e-4, 20, mnist)
+
+
+@pytest.fixture(scope="session")
+def fc100(mnist):
+    """The paper's FC100-100-10."""
+    return _train(models.MLP(), (1e-4, 1e-4, 1e-5), 60, mnist)

@@ -23,7 +23,7 @@ from advjax.types import Box, LogitsFn
 
 T = TypeVar("T")
 
-_RESOLUTION = 5e-5  # of the clean image's logits: what float32 keeps apart in any batch size
+_RESOLUTION = 2e-5  # of the spread of the clean logits: what float32 keeps apart in any batch
 
 
 class Status(enum.IntEnum):

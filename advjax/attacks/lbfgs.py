@@ -14,7 +14,7 @@ from advjax.solvers import Solver, lbfgsb
 from advjax.types import Box, LogitsFn
 
 _FIRST_SHARE = 0.5  # of the c at which a linear loss and the penalty would balance
-_EXPANSION = 3.0  # of c while there is no bracket, multiplied by itself each time
+_EXPANSION = 1.5  # of c while there is no bracket, multiplied by itself each time
 _RANGE = 28  # of ln c on either side of its first value; what is out of reach there stays so
 _INSIDE = 0.05  # of the bracket that interpolation keeps away from its ends
 
@@ -75,7 +75,7 @@ def lbfgs(
             `losses.l2` as printed.
         solver: The bounded minimiser of the sub-problems. Its own tolerance should not stop it
             before theirs.
-        confidence: The margin by which the target's logit must lead. By default a twenty-thousandth
+        confidence: The margin by which the target's logit must lead. By default a fifty-thousandth
             of the spread of the clean image's logits, which survives another batch size or
             precision.
         tol: The sub-problems' tolerance: the projected gradient's length beside that of the

@@ -17,6 +17,7 @@ _PENALTY_LIMIT = 1e6  # times the first one; a target out of reach at this is ou
 _EXPECTED_FALL = 0.25  # of the violation by an update of the multipliers, or the penalty grows
 _TOLERANCE_FALL = 0.3  # of the inner tolerance by each update
 _FIRST_TOLERANCE = 0.1
+_GAP = 1e-4  # of the squared distance: the duality gap at which the search ends
 
 
 class _Multipliers(NamedTuple):
@@ -36,7 +37,7 @@ def minimum_norm(
     box: Box | tuple = Box(),  # noqa: B008 an immutable default
     solver: Solver = lbfgsb(tol=0),  # noqa: B008
     confidence: float | None = None,
-    tol: float = 1e-3,
+    tol: float = 1e-2,
     max_evals: int = 500,
 ) -> AttackResult:
     """Find the nearest image, in L2, that the model gives the target class: problem (1).
@@ -56,10 +57,11 @@ def minimum_norm(
         box: `(lower, upper)`, each broadcast to `x`; [0, 1] by default.
         solver: The bounded minimiser of the sub-problems. Its own tolerance should not stop it
             before theirs.
-        confidence: The margin by which the target's logit must lead. By default a twenty-thousandth
+        confidence: The margin by which the target's logit must lead. By default a fifty-thousandth
             of the spread of the clean image's logits, which survives another batch size or
             precision.
         tol: The sub-problems' final tolerance: the projected gradient's length beside that of `r`.
+            The distance exceeds the optimum by the order of its square: 1e-2 means 1e-4.
         max_evals: The most evaluations of the model's value and gradient.
 
     Returns:
@@ -92,7 +94,7 @@ def minimum_norm_machine(
     box: Box | tuple = Box(),  # noqa: B008
     solver: Solver = lbfgsb(tol=0),  # noqa: B008
     confidence: float | None = None,
-    tol: float = 1e-3,
+    tol: float = 1e-2,
     max_evals: int = 500,
 ) -> Machine:
     """The machine behind `minimum_norm`, for whoever runs the steps; the same options."""
@@ -114,8 +116,8 @@ def minimum_norm_machine(
         )
 
     def objective(params: _Multipliers, r, logits, target):
-        pull = jnp.maximum(_estimates(params, logits, target), 0)
-        return _half_square(r) + jnp.sum(jnp.square(pull)) / (2 * params.penalty)
+        estimates = _estimates(params, logits, target)
+        return _half_square(r) + losses.squared_l2(estimates) / (2 * params.penalty)
 
     def first(params: _Multipliers, view: View) -> Verdict:
         """Scale the penalty by the gradient just seen, linear in it while the multipliers are 0."""
@@ -140,25 +142,31 @@ def minimum_norm_machine(
     def solved(params: _Multipliers, view: View) -> Verdict:
         """Take the estimates for multipliers, and raise the penalty where they came too slowly."""
         estimates = _estimates(params, view.logits, view.target)
-        # How far each constraint is from holding with its multiplier: 0 at the solution.
-        gaps = (jnp.maximum(estimates, 0) - params.multipliers) / params.penalty
-        violation = jnp.max(jnp.abs(gaps))
-        finished = (violation <= view.resolution) & (
-            view.error <= tol * jnp.sqrt(jnp.vdot(view.r, view.r))
-        )
+        # How far each constraint is from holding together with its multiplier: 0 at the solution.
+        violation = jnp.max(jnp.abs(estimates - params.multipliers)) / params.penalty
         slow = violation > _EXPECTED_FALL * params.violation
         penalty = jnp.where(slow, _PENALTY_GROWTH * params.penalty, params.penalty)
-        new = params._replace(
-            multipliers=jnp.maximum(estimates, 0),
+
+        # In the convex case these two bound by how much the half square exceeds the least one.
+        square = losses.squared_l2(view.r)
+        slack = jnp.abs(_constraints(params, view.logits, view.target))
+        gap = jnp.sum(jnp.where(estimates > 0, estimates * slack, 0))
+        finished = (
+            view.reached
+            & (gap <= jnp.maximum(_GAP * square, view.resolution * jnp.sum(estimates)))
+            & (view.error <= tol * jnp.sqrt(square))
+        )
+        params = params._replace(
+            multipliers=estimates,
             penalty=penalty,
             violation=violation,
             tolerance=jnp.maximum(_TOLERANCE_FALL * params.tolerance, tol),
         )
         return Verdict(
-            params=new,
+            params=params,
             value=jnp.full_like(view.value, jnp.inf),
             grad=jnp.zeros_like(view.grad),
-            finished=finished & view.reached,
+            finished=finished,
             exhausted=penalty > params.penalty_limit,
         )
 
@@ -167,9 +175,7 @@ def minimum_norm_machine(
         objective=objective,
         size=_half_square,
         tolerance=lambda params: params.tolerance,
-        weight=lambda params, view: jnp.sum(
-            jnp.maximum(_estimates(params, view.logits, view.target), 0)
-        ),
+        weight=lambda params, view: jnp.sum(_estimates(params, view.logits, view.target)),
         first=first,
         solved=solved,
     )
@@ -182,10 +188,17 @@ def _half_square(r: Float[Array, "*shape"]) -> Float[Array, ""]:
     return losses.squared_l2(r) / 2
 
 
+def _constraints(
+    params: _Multipliers, logits: Float[Array, " classes"], target: Int[Array, ""]
+) -> Float[Array, " classes"]:
+    """What must not be positive: each class's lead over the target, and the margin on top."""
+    others = jnp.arange(len(logits)) != target
+    return jnp.where(others, logits - logits[target] + params.goal, -jnp.inf)
+
+
 def _estimates(
     params: _Multipliers, logits: Float[Array, " classes"], target: Int[Array, ""]
 ) -> Float[Array, " classes"]:
-    """The first-order estimates of the multipliers, before they are cut at 0; 0 for the target."""
-    constraints = logits - logits[target] + params.goal
-    others = jnp.arange(len(logits)) != target
-    return jnp.where(others, params.multipliers + params.penalty * constraints, 0)
+    """The first-order estimates of the multipliers; 0 for the target and for classes far below."""
+    constraints = _constraints(params, logits, target)
+    return jnp.maximum(params.multipliers + params.penalty * constraints, 0)

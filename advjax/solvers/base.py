@@ -124,4 +124,6 @@ def projected_gradient_norm(
     x: Float[Array, "*shape"], grad: Float[Array, "*shape"], box: Box
 ) -> Float[Array, ""]:
     """`||clip(x - grad) - x||_2`: 0 where, and only where, `x` is stationary in the box."""
-    return jnp.linalg.norm(jnp.ravel(jnp.clip(x - grad, box.lower, box.upper) - x))
+    # As a step rather than a point: next to a large x, x - grad would round a small grad away.
+    step = jnp.clip(-grad, jnp.subtract(box.lower, x), jnp.subtract(box.upper, x))
+    return jnp.linalg.norm(jnp.ravel(step))

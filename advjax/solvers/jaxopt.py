@@ -4,19 +4,19 @@ jaxopt 0.8.5 is no longer maintained, and three of its defects matter here (each
 will fail, and so say it, once jaxopt is mended):
 
 - A free coordinate of the Cauchy point that sits a rounding error outside the box makes the
-  subspace step leave the box by far. Guard: the bounds it is given are wider by `slack`, and its
-  answer is clipped.
+  subspace step leave the box by far. Guard: the bounds it is given are wider by `slack`, and what
+  it evaluates and answers is clipped.
 - Its ring buffer of past steps is not put in order before the lower triangle of S^T Y is taken, so
   that the matrix is wrong once the memory has wrapped. Guard: the buffer is rolled after each
   update, so that the oldest pair always stands first.
 - With `linesearch="backtracking"` it can blow up. Guard: the zoom line search, always.
 """
 
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxopt
 from jaxtyping import Array, Float
 
 from advjax import checks
@@ -35,8 +35,8 @@ def jaxopt_lbfgsb(*, memory: int = 10, tol: float = 1e-5, slack: float = 1e-6) -
     """`jaxopt.LBFGSB` as a `Solver`, guarded: for comparison, and for whoever relies on it.
 
     A step is one whole iteration with its line search, so it makes as many evaluations as that
-    needs (`num_evals` counts them); under `jax.vmap` every lane waits for the slowest line search.
-    `lbfgsb` needs far less time and fewer evaluations.
+    needs (`num_evals` counts them, and the last step may exceed a budget); under `jax.vmap` every
+    lane waits for the slowest line search. `lbfgsb` needs far less time and fewer evaluations.
 
     Args:
         memory: How many pairs of steps and gradient changes it remembers.
@@ -54,7 +54,11 @@ def jaxopt_lbfgsb(*, memory: int = 10, tol: float = 1e-5, slack: float = 1e-6) -
     tol = checks.number("tol", tol, minimum=0)
     slack = checks.number("slack", slack, minimum=0)
 
-    def method(value_and_grad: ValueAndGrad) -> jaxopt.LBFGSB:
+    with warnings.catch_warnings():  # that it is unmaintained, as said above
+        warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
+        import jaxopt
+
+    def method(value_and_grad: ValueAndGrad) -> Any:
         return jaxopt.LBFGSB(
             fun=value_and_grad,
             value_and_grad=True,
@@ -78,9 +82,12 @@ def jaxopt_lbfgsb(*, memory: int = 10, tol: float = 1e-5, slack: float = 1e-6) -
             evals = known.num_fun_eval + 1
             return state.x, known._replace(value=value, grad=grad, aux=aux, num_fun_eval=evals)
 
+        def clipped(x):
+            return value_and_grad(jnp.clip(x, box.lower, box.upper))
+
         def iterate():
             bounds = jnp.subtract(box.lower, slack), jnp.add(box.upper, slack)
-            x, new = method(value_and_grad).update(state.x, known, bounds)
+            x, new = method(clipped).update(state.x, known, bounds)
             return jnp.clip(x, box.lower, box.upper), _oldest_first(new, memory)
 
         unevaluated = jnp.isinf(state.value)

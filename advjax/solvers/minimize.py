@@ -32,7 +32,7 @@ def minimize(
 
     Returns:
         A `SolverResult`. Trouble is told by its `status`, never by an exception under `jit`, and
-        `x` is finite and in the box all the same (at the bound above `x0` if the box is empty).
+        `x` is finite, if `x0` is, and in the box all the same (`x0` itself if the box is empty).
 
     Raises:
         TypeError: If `x0` is not floating.
@@ -42,7 +42,7 @@ def minimize(
     bounds = checks.box(box, x0)
     checks.scalar("fun", fun, x0)
     max_evals = checks.positive_int("max_evals", max_evals)
-    value_and_grad = jax.value_and_grad(lambda x: (fun(x), ()), has_aux=True)
+    value_and_grad = jax.value_and_grad(lambda x: (jnp.asarray(fun(x), x0.dtype), ()), has_aux=True)
 
     def running(state: SolverState):
         return (state.status == Status.RUNNING) & (state.num_evals < max_evals)
@@ -52,7 +52,10 @@ def minimize(
 
     start = solver.init(value_and_grad, x0, bounds)
     feasible = jnp.all(jnp.less_equal(bounds.lower, bounds.upper))
-    start = start._replace(status=jnp.where(feasible, start.status, Status.EMPTY_BOX))
+    start = start._replace(
+        x=jnp.where(feasible, start.x, x0),
+        status=jnp.where(feasible, start.status, Status.EMPTY_BOX),
+    )
     end = jax.lax.while_loop(running, step, start)
     return SolverResult(
         x=end.x,

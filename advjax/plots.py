@@ -1,0 +1,211 @@
+"""Drawings of finished results, as Matplotlib figures.
+
+The figures are bare `matplotlib.figure.Figure`s, without pyplot and its global state; save one with
+`figure.savefig("name.png")`. Images are laid out in whole pixels at the figure's own resolution, so
+that every pixel of a small image is a sharp square.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from advjax import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DPI = 100
+_CELL = 112  # pixels, the longer side of an image
+_GAP = 2
+_TITLE = 24
+_MARGIN = 8
+
+
+def adversarial_grid(
+    images: Float[ArrayLike, " n *shape"],
+    x_advs: Float[ArrayLike, " n *shape"],
+    *,
+    labels: Iterable[object] | None = None,
+    predictions: Iterable[object] | None = None,
+    magnify: float = 2.0,
+) -> "Figure":
+    """Draw adversarial images under the originals, with the differences between.
+
+    One column for each image, titled with the class before and after; under it the distortion, its
+    RMS over the pixels. Differences are multiplied by `magnify` and shifted to the middle of the
+    scale, as in the paper; those of grey images are white at 0, red where it became brighter, and
+    blue where darker.
+
+    Args:
+        images: The originals `(n, height, width)`, `(n, height, width, 1)` or RGB
+            `(n, height, width, 3)`, with pixels in [0, 1].
+        x_advs: The adversarial images, of the same shape.
+        labels: The class of each original: an integer or a name.
+        predictions: What the model takes each adversarial image for.
+        magnify: The factor on the differences.
+
+    Returns:
+        A figure, `112 n` pixels and a little wide.
+
+    Raises:
+        ValueError: If the shapes are not those, or there is not one label or prediction an image.
+        ImportError: If Matplotlib is not installed.
+
+    Source: Szegedy et al. (2013), figures 5 and 7.
+    """
+    images, x_advs = _image_pair("x_advs", images, x_advs)
+    n = len(images)
+    titles = [" → ".join(map(str, names)) for names in _columns(n, labels, predictions)]
+    rms = jax.vmap(metrics.distortion)(images, x_advs)
+    rows = {
+        "original": images,
+        f"difference\n× {magnify:g}": np.clip(0.5 + magnify * (x_advs - images), 0, 1),  # noqa: RUF001
+        "adversarial": np.clip(x_advs, 0, 1),
+    }
+    colormaps = ["gray", "RdBu_r", "gray"]
+
+    side = 88
+    height, width = _cell(images, _CELL)
+    top = _TITLE if any(titles) else _MARGIN
+    sheet = _Sheet.empty(
+        side + n * (width + _GAP),
+        top + 3 * (height + _GAP) - _GAP + _TITLE,
+    )
+    for i, (name, row) in enumerate(rows.items()):
+        y = top + i * (height + _GAP)
+        sheet.text(side - 6, y + height / 2, name, ha="right")
+        for j, image in enumerate(row):
+            sheet.image(side + j * (width + _GAP), y, image, (height, width), colormaps[i])
+    for j, title in enumerate(titles):
+        middle = side + j * (width + _GAP) + width / 2
+        sheet.text(middle, top / 2, title, size=11)
+        sheet.text(middle, sheet.height - _TITLE / 2, f"{rms[j]:.3f}", color="0.35")
+    sheet.text(side - 6, sheet.height - _TITLE / 2, "RMS", ha="right", color="0.35")
+    return sheet.figure
+
+
+def distorted_pairs(
+    panels: Sequence[tuple[str, Float[ArrayLike, " n *shape"], Float[ArrayLike, " n *shape"]]],
+    *,
+    pairs_per_row: int = 2,
+) -> "Figure":
+    """Draw panels side by side, with the originals in odd columns, each left of its distortion.
+
+    Args:
+        panels: For each panel a title, originals and distorted images, as in `adversarial_grid`;
+            what lies outside [0, 1] is shown as the nearest bound. All panels are of one shape.
+        pairs_per_row: How many pairs a row of a panel has.
+
+    Returns:
+        A figure.
+
+    Raises:
+        ValueError: If the shapes are not those, or there are no panels.
+        ImportError: If Matplotlib is not installed.
+
+    Source: Szegedy et al. (2013), figure 7.
+    """
+    checked = [(title, *_image_pair("distorted", *pair)) for title, *pair in panels]
+    if not checked or any(images.shape != checked[0][1].shape for _, images, _ in checked):
+        shapes = [images.shape for _, images, _ in checked]
+        raise ValueError(f"panels: images of shapes {shapes}, expected panels of one shape.")
+    first = checked[0][1]
+    height, width = _cell(first, _CELL // 2)
+    between = 28
+    columns = 2 * pairs_per_row
+    rows = -(-len(first) // pairs_per_row)
+    panel_width = columns * (width + _GAP) - _GAP
+    top = 2 * _TITLE
+    sheet = _Sheet.empty(
+        2 * _MARGIN + len(checked) * (panel_width + between) - between,
+        top + rows * (height + _GAP) - _GAP + _MARGIN,
+    )
+    for p, (title, images, distorted) in enumerate(checked):
+        left = _MARGIN + p * (panel_width + between)
+        sheet.text(left + panel_width / 2, top / 2, title)
+        for i, pair in enumerate(zip(images, distorted, strict=True)):
+            row, column = divmod(i, pairs_per_row)
+            for k, image in enumerate(pair):
+                x = left + (2 * column + k) * (width + _GAP)
+                y = top + row * (height + _GAP)
+                sheet.image(x, y, np.clip(image, 0, 1), (height, width), "gray")
+    return sheet.figure
+
+
+class _Sheet(NamedTuple):
+    """A figure addressed in pixels, from the top left."""
+
+    figure: "Figure"
+    width: int
+    height: int
+
+    @classmethod
+    def empty(cls, width: int, height: int) -> "_Sheet":
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "advjax.plots draws with matplotlib: pip install 'advjax[experiments]'."
+            ) from error
+        figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+        return cls(figure, width, height)
+
+    def image(self, x: int, y: int, image: np.ndarray, cell: tuple[int, int], colormap: str):
+        height, width = cell
+        left, bottom = x / self.width, 1 - (y + height) / self.height
+        axes = self.figure.add_axes((left, bottom, width / self.width, height / self.height))
+        axes.imshow(image, cmap=colormap, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        axes.set_axis_off()
+
+    def text(self, x: float, y: float, text: str, *, ha: str = "center", size: float = 10, **style):
+        self.figure.text(
+            x / self.width,
+            1 - y / self.height,
+            text,
+            ha=ha,
+            va="center",
+            size=size,
+            **style,
+        )
+
+
+def _image_pair(
+    name: str, images: Float[ArrayLike, " n *shape"], others: Float[ArrayLike, " n *shape"]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both as `(n, height, width)`, or `(n, height, width, 3)` if RGB."""
+    images, others = np.asarray(images), np.asarray(others)
+    grey = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)
+    rgb = images.ndim == 4 and images.shape[-1] == 3
+    if images.size == 0 or not (grey or rgb):
+        raise ValueError(
+            f"images: shape {images.shape}, expected (n, height, width), (n, height, width, 1) or "
+            "(n, height, width, 3) with n of at least 1; for one image pass image[None]."
+        )
+    if others.shape != images.shape:
+        raise ValueError(f"{name}: shape {others.shape}, expected {images.shape}, that of images.")
+    if grey:
+        images, others = (array.reshape(array.shape[:3]) for array in (images, others))
+    return images, others
+
+
+def _columns(
+    n: int, labels: Iterable[object] | None, predictions: Iterable[object] | None
+) -> list[tuple[object, ...]]:
+    given = {"labels": labels, "predictions": predictions}
+    columns = {name: list(column) for name, column in given.items() if column is not None}
+    for name, column in columns.items():
+        if len(column) != n:
+            raise ValueError(f"{name}: {len(column)} for {n} images, expected one for each.")
+    return list(zip(*columns.values(), strict=True)) if columns else [()] * n
+
+
+def _cell(images: np.ndarray, longest: int) -> tuple[int, int]:
+    """The height and width to draw images in: a whole number of times their own, if they fit."""
+    height, width = images.shape[1:3]
+    scale = longest / max(height, width)
+    scale = int(scale) if scale >= 1 else scale
+    return round(height * scale), round(width * scale)

@@ -1,0 +1,49 @@
+"""Runs an experiment: `python -m experiments NAME`; without a name, lists what there is.
+
+An experiment is a module with one function, `main`, whose keyword arguments are its flags. The
+first line of the module's docstring is its line in the list.
+"""
+
+import ast
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXPERIMENTS = ("quickstart", "table1", "figure7", "benchmark")
+
+
+def overview() -> str:
+    """One line for each experiment, read without importing it."""
+    width = max(map(len, EXPERIMENTS))
+    lines = ["python -m experiments NAME [--help]", ""]
+    for name in EXPERIMENTS:
+        source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        doc = ast.get_docstring(ast.parse(source)) or "?"
+        lines.append(f"  {name:{width}}  {doc.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def run(args: Sequence[str]) -> int:
+    """Runs what the command line asks for; returns the exit status."""
+    if not args or args[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    name, *flags = args
+    if name not in EXPERIMENTS:
+        print(
+            f"{name!r} is no experiment; choose one of {', '.join(EXPERIMENTS)}.", file=sys.stderr
+        )
+        return 2
+    try:
+        import tyro
+    except ImportError:
+        print("The experiments need more: pip install 'advjax[experiments]'.", file=sys.stderr)
+        return 1
+    main = importlib.import_module(f"experiments.{name}").main
+    tyro.cli(main, args=flags, prog=f"python -m experiments {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,311 @@
+"""Bad input: errors while tracing for what the types tell, a status for what the data tell."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advjax import attacks, losses, models
+
+Status = attacks.Status
+each_attack = pytest.mark.parametrize(
+    "attack", [attacks.lbfgs, attacks.minimum_norm], ids=lambda attack: attack.__name__
+)
+X = jnp.array([[0.9, 0.2], [0.4, 0.1]])
+KERNEL = jnp.array([[4.0, -4.0, 1.0], [0.0, 1.0, -1.0], [1.0, 1.0, 0.0], [0.5, 0.0, 2.0]])
+
+
+def linear(x):
+    """Three classes of a 2 x 2 image; X is of class 0."""
+    return jnp.ravel(x) @ KERNEL
+
+
+# What the types tell, told while tracing.
+
+
+@each_attack
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((linear, (255 * X).astype(jnp.uint8), 1), TypeError, r"x: dtype uint8.*x / 255"),
+        ((linear, X > 0, 1), TypeError, r"x: dtype bool.*float32"),
+        ((linear, X, 1.0), TypeError, r"target: dtype float32, expected an integer"),
+        ((linear, X, jnp.array([1, 2])), ValueError, r"target: shape \(2,\).*jax.vmap"),
+        (("net", X, 1), TypeError, r"logits_fn: str, expected a function"),
+        ((lambda x: linear(x)[None], X, 1), ValueError, r"\(1, 3\).*model\(x\[None\]\)\[0\]"),
+        ((lambda x: x @ X, X, 1), ValueError, r"shape \(2, 2\).*ONE example"),
+        ((jnp.sum, X, 1), ValueError, r"shape \(\).*one logit for each class"),
+        ((lambda x: linear(x)[:1], X, 1), ValueError, r"shape \(1,\).*at least 2 classes"),
+        ((lambda x: linear(x) > 0, X, 1), TypeError, r"dtype bool, expected floating logits"),
+        ((lambda x: (linear(x), x), X, 1), TypeError, r"returns a tuple.*model\(x\)\[0\]"),
+    ],
+)
+def test_arguments_of_the_wrong_type_or_shape_are_named(attack, arguments, error, message):
+    with pytest.raises(error, match=message):
+        jax.jit(lambda: attack(*arguments))()
+
+
+@each_attack
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"box": 1.0}, r"box: 1.0, expected a pair"),
+        ({"box": (0, 1, 2)}, r"box: \(0, 1, 2\), expected a pair"),
+        ({"box": (jnp.zeros(3), 1)}, r"box: lower bound of shape \(3,\) does not broadcast"),
+        ({"max_evals": 0}, r"max_evals: 0, expected an integer"),
+        ({"max_evals": 1.5}, r"max_evals: 1.5, expected an integer"),
+        ({"confidence": -1}, r"confidence: -1, expected a finite number of at least 0"),
+        ({"tol": 0}, r"tol: 0, expected a finite number above 0"),
+        ({"tol": "small"}, r"tol: 'small', expected a finite number"),
+    ],
+)
+def test_options_out_of_range_are_named(attack, options, message):
+    with pytest.raises(ValueError, match=message):
+        attack(linear, X, 1, **options)
+
+
+@each_attack
+def test_an_unknown_option_is_named(attack):
+    with pytest.raises(TypeError, match="max_iterations"):
+        attack(linear, X, 1, max_iterations=3)
+
+
+def test_losses_and_penalties_that_are_not_scalar_are_named():
+    with pytest.raises(ValueError, match=r"loss: returns shape \(3,\)"):
+        attacks.lbfgs(linear, X, 1, loss=lambda logits, target: logits)
+    with pytest.raises(ValueError, match=r"penalty: returns shape \(2, 2\)"):
+        attacks.lbfgs(linear, X, 1, penalty=jnp.abs)
+
+
+def test_untargeted_names_its_own_arguments():
+    with pytest.raises(TypeError, match=r"label: dtype float32"):
+        attacks.untargeted(attacks.lbfgs, linear, X, 0.0)
+    with pytest.raises(ValueError, match=r"k: 0, expected an integer"):
+        attacks.untargeted(attacks.lbfgs, linear, X, 0, k=0)
+
+
+# What the data tell, told by the status.
+
+
+def check_invariants(result, logits_fn, x, target, box):
+    """What holds of every result, whatever went in."""
+    lower, upper = (np.broadcast_to(bound, x.shape) for bound in box)
+    assert np.all(np.isfinite(result.x_adv))
+    assert np.isfinite(result.distortion)
+    assert np.isfinite(result.weight)
+    if np.all(lower <= upper):
+        assert np.all((lower <= result.x_adv) & (result.x_adv <= upper))
+    logits = logits_fn(result.x_adv)
+    assert int(result.prediction) == int(jnp.argmax(logits))
+    if not np.any(np.isnan(logits)) and result.status != Status.NONFINITE:
+        in_range = 0 <= target < len(logits)
+        assert bool(result.success) == (
+            in_range and int(result.prediction) == target and bool(np.all(lower <= upper))
+        )
+    if np.all(np.isfinite(x)):
+        np.testing.assert_allclose(
+            result.distortion, np.sqrt(np.mean((result.x_adv - x) ** 2)), rtol=1e-4, atol=1e-7
+        )
+
+
+def run(attack, logits_fn, x, target, box=(0.0, 1.0), **options):
+    result = jax.jit(lambda x: attack(logits_fn, x, target, box=box, **options))(x)
+    check_invariants(result, logits_fn, x, target, box)
+    return result
+
+
+@each_attack
+def test_an_image_outside_the_box_is_moved_into_it(attack):
+    result = run(attack, linear, X + jnp.array([[0.5, 0.0], [0.0, -3.0]]), 1)
+    assert bool(result.success)
+    assert float(result.distortion) > 1.4  # the way into the box counts
+
+
+@each_attack
+@pytest.mark.parametrize("target", [-1, 3, 1000])
+def test_a_target_that_is_no_class_fails(attack, target):
+    result = run(attack, linear, X, target)
+    assert int(result.status) == Status.INVALID_TARGET
+    np.testing.assert_array_equal(result.x_adv, X)
+
+
+@each_attack
+def test_a_target_that_is_predicted_already_costs_nothing(attack):
+    result = run(attack, linear, X, 0)
+    assert bool(result.success)
+    assert int(result.status) == Status.ALREADY_TARGET
+    assert float(result.distortion) == 0
+    assert int(result.num_evals) == 1
+    np.testing.assert_array_equal(result.x_adv, X)
+
+
+@each_attack
+def test_a_confidence_asks_for_more_than_being_predicted(attack):
+    margin = float(linear(X)[0] - jnp.sort(linear(X))[-2])
+    result = run(attack, linear, X, 0, confidence=margin + 0.5)
+    assert bool(result.success)
+    assert float(result.distortion) > 0
+
+
+@each_attack
+def test_a_class_out_of_reach_is_not_found(attack):
+    result = run(attack, lambda x: linear(x) - jnp.array([0.0, 100.0, 0.0]), X, 1)
+    assert not bool(result.success)
+    assert int(result.status) in (Status.NOT_FOUND, Status.BUDGET)
+    # The candidate is the one whose margin came nearest: no corner of the box comes nearer.
+    corners = jnp.stack(jnp.meshgrid(*[jnp.array([0.0, 1.0])] * 4), -1).reshape(-1, 2, 2)
+    best = max(float(linear(c)[1] - jnp.delete(linear(c), 1).max()) for c in corners)
+    found = linear(result.x_adv)
+    assert float(found[1] - jnp.delete(found, 1).max()) >= best - 0.5
+
+
+@each_attack
+@pytest.mark.parametrize("target", [0, 2])
+def test_a_constant_model_gives_its_one_class_alone(attack, target):
+    result = run(attack, lambda x: jnp.zeros(3), X, target)
+    assert bool(result.success) == (target == 0)
+    assert int(result.status) == (Status.ALREADY_TARGET if target == 0 else Status.NOT_FOUND)
+    np.testing.assert_array_equal(result.x_adv, X)
+
+
+@each_attack
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_logits_that_are_not_finite_at_the_image_are_told(attack, bad):
+    result = run(attack, lambda x: linear(x) * bad, X, 1)
+    assert int(result.status) == Status.NONFINITE
+    assert not bool(result.success)
+
+
+@each_attack
+def test_logits_that_are_nan_beyond_the_nearest_image_are_avoided(attack):
+    distance = 2 * run(attack, linear, X, 2).distortion
+
+    def fragile(x):
+        return jnp.where(jnp.linalg.norm(x - X) > 1.05 * distance, jnp.nan, 1.0) * linear(x)
+
+    result = run(attack, fragile, X, 2)
+    assert bool(result.success)
+    assert float(result.distortion) == pytest.approx(float(distance) / 2, rel=0.02)
+
+
+@each_attack
+def test_a_class_masked_by_minus_infinity_does_no_harm(attack):
+    result = run(attack, lambda x: linear(x).at[1].set(-jnp.inf), X, 2)
+    assert bool(result.success)
+
+
+@each_attack
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_an_image_that_is_not_finite_is_told(attack, bad):
+    result = run(attack, linear, X.at[0, 0].set(bad), 1)
+    assert int(result.status) == Status.NONFINITE
+    assert not bool(result.success)
+
+
+@each_attack
+@pytest.mark.parametrize("box", [(1.0, 0.0), (0.0, jnp.nan), (jnp.full((2, 2), 0.5), 0.4)])
+def test_a_box_without_a_point_is_told(attack, box):
+    result = attack(linear, X, 1, box=box)
+    assert int(result.status) == Status.EMPTY_BOX
+    assert not bool(result.success)
+    np.testing.assert_array_equal(result.x_adv, X)
+
+
+@each_attack
+def test_a_box_of_one_point_leaves_nothing_to_find(attack):
+    result = run(attack, linear, X, 1, box=(X, X))
+    assert not bool(result.success)
+    np.testing.assert_array_equal(result.x_adv, X)
+    assert int(result.num_evals) <= 50
+
+
+@each_attack
+def test_a_box_of_one_point_of_the_target_class_is_taken(attack):
+    point = jnp.array([[0.0, 1.0], [0.0, 0.0]])
+    result = run(attack, linear, X, 1, box=(point, point))
+    assert bool(result.success)
+
+
+@each_attack
+def test_an_infinite_box_is_no_box(attack):
+    result = run(attack, linear, X, 1, box=(-jnp.inf, jnp.inf))
+    gap, normal = linear(X)[0] - linear(X)[1], KERNEL[:, 0] - KERNEL[:, 1]
+    nearest = float(gap / jnp.linalg.norm(normal)) / 2
+    excess = 2e-3 if attack is attacks.minimum_norm else 2e-2  # cross-entropy sees all classes
+    assert nearest * (1 - 1e-4) <= float(result.distortion) <= nearest * (1 + excess)
+
+
+@each_attack
+@pytest.mark.parametrize("max_evals", [1, 2, 5])
+def test_a_budget_is_kept(attack, max_evals):
+    result = run(attack, linear, X, 1, max_evals=max_evals)
+    assert int(result.num_evals) <= max_evals
+    assert int(result.status) == Status.BUDGET
+
+
+@each_attack
+def test_the_failure_of_one_lane_leaves_the_others_alone(attack):
+    images = jnp.stack([X, X * jnp.nan, X, X])
+    targets = jnp.array([1, 1, 7, 2])
+    result = jax.vmap(functools.partial(attack, linear))(images, targets)
+    np.testing.assert_array_equal(result.success, [True, False, False, True])
+    for i in (0, 3):
+        alone = attack(linear, X, targets[i])
+        np.testing.assert_allclose(result.distortion[i], alone.distortion, rtol=1e-5)
+
+
+@each_attack
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+    seed=st.integers(0, 2**31),
+    width=st.integers(1, 8),
+    scale=st.floats(0.01, 100),
+    target=st.integers(-1, 3),
+    low=st.floats(-2, 0.9),
+    extent=st.floats(0, 3),
+    max_evals=st.sampled_from([1, 3, 40]),
+    kind=st.sampled_from(["tanh", "relu"]),
+)
+def test_every_result_keeps_the_invariants(
+    attack, seed, width, scale, target, low, extent, max_evals, kind
+):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    x = jax.random.uniform(keys[0], (3, 2), minval=-0.5, maxval=1.5)
+    net = _net(kind, width)
+    params = net.init(keys[1], x)
+    box = (np.float32(low), np.float32(low + extent))
+    result = _attack_net(attack, kind, width, max_evals)(params, scale, x, target, box)
+    check_invariants(result, lambda x: scale * net.apply(params, x), x, target, box)
+
+
+def _net(kind, width):
+    return models.MLP((width, 3), activation={"tanh": jnp.tanh, "relu": jax.nn.relu}[kind])
+
+
+@functools.cache
+def _attack_net(attack, kind, width, max_evals):
+    net = _net(kind, width)
+
+    @jax.jit
+    def run(params, scale, x, target, box):
+        def logits_fn(x):
+            return scale * net.apply(params, x)
+
+        return attack(logits_fn, x, target, box=box, max_evals=max_evals)
+
+    return run
+
+
+def test_a_hinge_loss_that_vanishes_on_success_works_too():
+    def carlini_wagner(logits, target):
+        others = jnp.where(jnp.arange(logits.size) == target, -jnp.inf, logits)
+        return jnp.maximum(jnp.max(others) - logits[target], -0.1)
+
+    result = run(attacks.lbfgs, linear, X, 1, loss=carlini_wagner)
+    plain = run(attacks.lbfgs, linear, X, 1, loss=losses.cross_entropy)
+    assert bool(result.success)
+    assert float(result.distortion) <= 1.05 * float(plain.distortion)

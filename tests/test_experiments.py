@@ -1,0 +1,320 @@
+"""Each experiment runs in its quick form, on the sample inside, and says what it saves."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from advjax import attacks, data, models
+from experiments import __main__ as command
+from experiments import attacking, figure7, nets, paper, quickstart, report, table1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_dir(tmp_path_factory):
+    """Keeps the cache of the user out of the tests; what one test trains the next one reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        path = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(path))
+        yield path / "advjax"
+
+
+def run(main, folder, capsys):
+    main(quick=True, out=folder)
+    name = main.__module__.rpartition(".")[2]
+    return json.loads((folder / f"{name}.json").read_text()), capsys.readouterr().out
+
+
+# --- the experiments -------------------------------------------------------------------------
+
+
+def test_quickstart_trains_attacks_draws_and_saves(tmp_path, capsys):
+    numbers, printed = run(quickstart.main, tmp_path / "new" / "results", capsys)
+    paths = {
+        end: tmp_path / "new" / "results" / f"quickstart.{end}"
+        for end in ("png", "json", "safetensors")
+    }
+    for path in paths.values():
+        assert str(path) in printed
+    assert numbers["data"] == "embedded"
+    assert "the sample inside the package" in printed
+    assert numbers["train_error"] < numbers["test_error"] < 0.1
+    assert report.percent(numbers["test_error"]) in printed
+
+    lbfgs, minimum_norm = numbers["rows"]
+    assert [lbfgs["attack"], minimum_norm["attack"]] == ["lbfgs", "minimum_norm"]
+    assert quickstart.table(numbers["rows"]) in printed
+    for row in (lbfgs, minimum_norm):
+        assert row["success"] == 1
+        assert 0.03 < row["mean_distortion"] < 0.12
+        assert 0.03 < row["median_distortion"] < 0.12
+        assert 10 < row["evaluations"] < 100
+        assert row["noise_error"] < 0.1
+        assert row["images_per_second"] > 0
+    assert minimum_norm["mean_distortion"] <= 1.001 * lbfgs["mean_distortion"]
+
+    with Image.open(paths["png"]) as figure:
+        assert 900 <= figure.width <= 1000
+    test = data.load("mnist", "test", source="embedded")
+    logits_fn = functools.partial(models.MLP().apply, models.load(paths["safetensors"]))
+    wrong = np.mean(jax.vmap(logits_fn)(test.images).argmax(1) != test.labels)
+    assert wrong == pytest.approx(numbers["test_error"], abs=0.0011)
+
+
+def test_table1_lays_errors_and_distortions_beside_the_papers(tmp_path, capsys):
+    numbers, printed = run(table1.main, tmp_path, capsys)
+    assert table1.table(numbers["rows"]) in printed
+    assert [row["net"] for row in numbers["rows"]] == ["FC10(1e-4)", "FC100-100-10"]
+    for row in numbers["rows"]:
+        assert row["paper"] == paper.TABLE1[row["net"]]._asdict()
+        for measured in row["attacks"].values():
+            low, high = measured["interval"]
+            assert low < measured["distortion"] < high
+            assert 0.02 < measured["distortion"] < 0.2
+            assert measured["success"] == 1
+            assert f"{measured['distortion']:.4f} [{low:.4f}, {high:.4f}]" in printed
+        lbfgs, minimum_norm = (row["attacks"][name] for name in ("lbfgs", "minimum_norm"))
+        assert minimum_norm["distortion"] <= 1.001 * lbfgs["distortion"]
+    linear, sigmoid = numbers["rows"]
+    assert 0.05 < sigmoid["test_error"] < linear["test_error"] < 0.12
+
+
+def test_figure7_draws_three_panels_and_reads_noise_better_than_attacks(tmp_path, capsys):
+    numbers, printed = run(figure7.main, tmp_path, capsys)
+    assert figure7.table(numbers["rows"]) in printed
+    assert f"{100 * numbers['paper']['noisy']:g} %" in printed
+    for row in numbers["rows"]:
+        right = row["right"]
+        assert right["adversarial"] == 0
+        assert 0.2 < right["noisy"] < right["test"]
+        assert 0.03 < row["distortion"] < 0.12
+    with Image.open(tmp_path / "figure7.png") as figure:
+        assert 700 <= figure.width <= 1000
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def test_without_a_name_the_command_lists_every_experiment_on_one_line(capsys):
+    assert command.run([]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    for name in command.EXPERIMENTS:
+        (line,) = [line for line in printed if line.split()[:1] == [name]]
+        assert line.endswith(").")
+        assert any(word in line for word in ("table", "figure")), "what of the paper it shows"
+        assert " min; MNIST" in line
+        assert len(line) <= 100
+
+
+def test_an_unknown_name_lists_the_known_ones(capsys):
+    assert command.run(["table9"]) == 2
+    error = capsys.readouterr().err
+    assert "'table9'" in error
+    assert ", ".join(command.EXPERIMENTS) in error
+
+
+def test_flags_come_from_the_function(capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.run(["quickstart", "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--quick", "--out", "--seed", "--source"))
+
+
+def test_the_list_is_quick_and_needs_no_jax():
+    code = (
+        "import sys; from experiments.__main__ import run; run([])\nassert 'jax' not in sys.modules"
+    )
+    root = Path(command.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True)
+
+
+# --- batches ---------------------------------------------------------------------------------
+
+
+def instant_attack(logits_fn, x, target):
+    return attacks.AttackResult(
+        x_adv=2 * x,
+        success=target > 0,
+        distortion=jnp.mean(x),
+        weight=logits_fn(x)[0],
+        prediction=target,
+        status=jnp.int32(1),
+        num_evals=target + 1,
+    )
+
+
+@pytest.mark.parametrize("n", [5, 4, 3, 1])
+def test_batches_give_one_result_an_image_in_order(n, monkeypatch):
+    monkeypatch.setattr(attacking, "BATCH_SIZE", 4)
+    logits_fn = jax.tree_util.Partial(jnp.multiply, 3.0)
+    xs, targets = np.arange(2.0 * n, dtype=np.float32).reshape(n, 2), np.arange(n)
+    result, seconds = attacking.attack_images(instant_attack, logits_fn, xs, targets)
+    np.testing.assert_array_equal(result.x_adv, 2 * xs)
+    np.testing.assert_array_equal(result.weight, 3 * xs[:, 0])
+    np.testing.assert_array_equal(result.num_evals, targets + 1)
+    assert seconds > 0
+
+
+# --- the nets --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    train = data.load("mnist", "train", source="embedded")
+    return train.images[:300], train.labels[:300]
+
+
+def cached(cache_dir):
+    return {path.name for path in cache_dir.glob("*.safetensors")}
+
+
+def same(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def test_a_net_is_trained_once_and_read_afterwards(digits, cache_dir, capsys):
+    load = functools.partial(nets.load_or_train, "FC10(1)", *digits, key=jax.random.key(9), steps=5)
+    first = load()
+    assert "training on 300 images" in capsys.readouterr().out
+    second = load()
+    assert "trained before" in capsys.readouterr().out
+    assert same(first.params, second.params)
+
+
+@pytest.mark.parametrize("change", ["name", "key", "steps", "images", "labels"])
+def test_whatever_defines_a_net_makes_another_file(change, digits, cache_dir):
+    images, labels = digits
+    given = {
+        "name": "FC10(1)",
+        "key": jax.random.key(9),
+        "steps": 5,
+        "images": images,
+        "labels": labels,
+    }
+    other = {
+        "name": "FC10(1e-2)",
+        "key": jax.random.key(10),
+        "steps": 10,
+        "images": images[:, ::-1],
+        "labels": labels[::-1].copy(),
+    }
+    nets.load_or_train(**given)
+    before = cached(cache_dir)
+    nets.load_or_train(**given | {change: other[change]})
+    assert len(cached(cache_dir) - before) == 1
+
+
+def test_the_activation_defines_a_net_too(digits, cache_dir, monkeypatch):
+    load = functools.partial(
+        nets.load_or_train, "FC100-100-10", *digits, key=jax.random.key(9), steps=2
+    )
+    load()
+    before = cached(cache_dir)
+    tanh = nets.RECIPES["FC100-100-10"]._replace(model=models.MLP(activation=jnp.tanh))
+    monkeypatch.setitem(nets.RECIPES, "FC100-100-10", tanh)
+    load()
+    assert len(cached(cache_dir) - before) == 1
+
+
+def test_the_name_of_the_file_is_the_same_in_another_process(digits):
+    code = (
+        "import jax; from advjax import data; from experiments import nets\n"
+        "d = data.load('mnist', 'train', source='embedded')\n"
+        "r = nets.RECIPES['FC100-100-10']\n"
+        "print(nets._fingerprint(r, d.images[:300], d.labels[:300], jax.random.key(9), 2))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=Path(command.__file__).parents[1],
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+    )
+    recipe = nets.RECIPES["FC100-100-10"]
+    assert ran.stdout.strip() == nets._fingerprint(recipe, *digits, jax.random.key(9), 2)
+
+
+def test_a_damaged_file_is_made_anew(digits, cache_dir):
+    load = functools.partial(
+        nets.load_or_train, "FC10(1)", *digits, key=jax.random.key(11), steps=5
+    )
+    before = cached(cache_dir)
+    first = load()
+    (name,) = cached(cache_dir) - before
+    (cache_dir / name).write_bytes(b"half")
+    assert same(first.params, load().params)
+    assert (cache_dir / name).stat().st_size > 1000
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(digits, tmp_path, monkeypatch):
+    (tmp_path / "advjax").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match="could not keep the trained net"):
+        nets.load_or_train("FC10(1)", *digits, key=jax.random.key(9), steps=2)
+
+
+@pytest.mark.parametrize("make", [nets.train, nets.load_or_train])
+def test_an_unknown_net_lists_the_known_ones(make, digits):
+    with pytest.raises(ValueError, match=r"name='FC7' is unknown; choose one of FC10\(1e-4\), "):
+        make("FC7", *digits, key=jax.random.key(0))
+
+
+def test_the_recipes_are_the_papers_architectures():
+    for name, recipe in nets.RECIPES.items():
+        params = jax.eval_shape(recipe.model.init, jax.random.key(0), jnp.zeros((28, 28, 1)))
+        widths = [leaf.shape[-1] for leaf in jax.tree.leaves(params) if len(leaf.shape) == 2]
+        assert "-".join(map(str, widths)) == name.removeprefix("FC").partition("(")[0]
+        assert len(recipe.weight_decay) == len(widths)
+
+
+def test_small_sets_take_more_epochs_for_as_many_steps():
+    recipe = nets.RECIPES["FC100-100-10"]
+    assert nets._epochs(recipe, 60_000, None) == recipe.epochs
+    assert nets._epochs(recipe, 5_000, None) * 5_000 >= nets.MIN_STEPS * recipe.batch_size
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def test_a_table_aligns_names_to_the_left_and_numbers_to_the_right():
+    assert report.table(("net", "error"), [("FC10", "7.4"), ("a", "12.25")]).splitlines() == [
+        "net   error",
+        "----  -----",
+        "FC10    7.4",
+        "a     12.25",
+    ]
+
+
+def test_the_bootstrap_interval_is_that_of_the_normal_approximation_for_many_values():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    low, high = report.bootstrap(jax.random.key(0), values)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - half, abs=0.02)
+    assert high == pytest.approx(values.mean() + half, abs=0.02)
+
+
+# --- the paper's numbers ---------------------------------------------------------------------
+
+
+def test_the_papers_tables_agree_where_they_repeat_each_other():
+    for name, row in paper.TABLE1.items():
+        assert paper.TABLE2[name].distortion == row.distortion
+        assert paper.TABLE2[name].errors[name] == 100
+    for name, row in paper.TABLE3.items():
+        assert paper.TABLE4[name].distortion == row.distortion
+        assert paper.TABLE4[name].errors[name] == paper.TABLE4_MAGNIFIED[name].errors[name] == 100
+
+
+def test_the_product_of_table_5_is_the_one_in_the_notes():
+    bounds = [row.bound for row in paper.TABLE5.values()]
+    assert np.prod(bounds) == pytest.approx(7.9e5, rel=0.01)

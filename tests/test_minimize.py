@@ -1,0 +1,212 @@
+"""The entry point, how a minimisation ends, and how it goes on."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advjax import solvers
+from advjax.solvers import Status
+from advjax.solvers.base import evaluate_again
+from advjax.types import Box
+
+SOLVERS = {"ours": solvers.lbfgsb, "jaxopt": solvers.jaxopt_lbfgsb}
+both_solvers = pytest.mark.parametrize("make_solver", SOLVERS.values(), ids=SOLVERS)
+
+
+@functools.cache
+def compiled_wall(make_solver):
+    def fun(x):
+        return jnp.sum(x - 0.5 * jnp.log(x))
+
+    return jax.jit(lambda x0, box: solvers.minimize(fun, x0, box=box, solver=make_solver()))
+
+
+def wall(make_solver, x0, lower, upper):
+    """Minimise x - log(x)/2 of each of two coordinates: at 1/2; not finite from 0 downwards."""
+    x0, lower, upper = (jnp.full(2, np.asarray(a), jnp.float32) for a in (x0, lower, upper))
+    return compiled_wall(make_solver)(x0, Box(lower, upper))
+
+
+@both_solvers
+def test_where_the_projected_gradient_vanishes_it_has_converged(make_solver):
+    result = wall(make_solver, [0.2, 0.9], 0.1, [1.0, 0.4])
+    assert result.status == Status.CONVERGED
+    assert result.error <= 1e-5
+    np.testing.assert_allclose(result.x, [0.5, 0.4], atol=1e-5)
+    np.testing.assert_allclose(result.grad, 1 - 0.5 / result.x, atol=1e-6)
+    np.testing.assert_allclose(result.error, np.abs(result.grad[0]), atol=1e-7)
+
+
+@both_solvers
+def test_a_region_without_finite_values_is_walked_around(make_solver):
+    result = wall(make_solver, [0.01, 0.9], -1.0, 1.0)
+    assert result.status == Status.CONVERGED
+    np.testing.assert_allclose(result.x, 0.5, atol=1e-4)
+
+
+@both_solvers
+def test_a_start_without_a_finite_value_is_told_and_returned(make_solver):
+    result = wall(make_solver, [0.5, -2.0], -1.0, 1.0)
+    assert (result.status, result.num_evals) == (Status.NONFINITE, 1)
+    np.testing.assert_array_equal(result.x, [0.5, -1.0])
+
+
+@both_solvers
+@pytest.mark.parametrize(("lower", "upper"), [(0.5, 0.4), ([0.0, 1.0], [1.0, 0.0]), (np.nan, 1.0)])
+def test_an_empty_box_is_told_and_nothing_evaluated(make_solver, lower, upper):
+    result = wall(make_solver, [0.1, 2.0], lower, upper)
+    assert (result.status, result.num_evals) == (Status.EMPTY_BOX, 0)
+    np.testing.assert_array_equal(result.x, np.float32([0.1, 2.0]))
+
+
+@both_solvers
+def test_a_box_of_one_point_needs_one_evaluation(make_solver):
+    result = wall(make_solver, [0.1, 2.0], 0.25, 0.25)
+    assert (result.status, result.num_evals) == (Status.CONVERGED, 1)
+    np.testing.assert_array_equal(result.x, [0.25, 0.25])
+
+
+@both_solvers
+def test_a_tolerance_beyond_rounding_ends_as_stalled_or_exactly_stationary(make_solver):
+    def fun(x):
+        return 100.0 + jnp.sum(jnp.cosh(x - 0.3))
+
+    result = solvers.minimize(fun, jnp.ones(5), solver=make_solver(tol=0), max_evals=500)
+    assert result.status == Status.STALLED or result.error == 0
+    assert result.num_evals < 100
+    np.testing.assert_allclose(result.x, 0.3, atol=0.02)
+
+
+def test_a_kink_ends_as_stalled():
+    result = solvers.minimize(lambda x: jnp.sum(jnp.abs(x - 0.3)), jnp.array([0.1, 0.9]))
+    assert result.status == Status.STALLED
+    np.testing.assert_allclose(result.x, 0.3, atol=1e-4)
+
+
+@both_solvers
+def test_one_evaluation_buys_the_value_of_the_start(make_solver):
+    x0 = jnp.array([-3.0, 0.5])
+    result = solvers.minimize(jnp.sum, x0, solver=make_solver(), max_evals=1)
+    assert (result.status, result.num_evals) == (Status.BUDGET, 1)
+    np.testing.assert_array_equal(result.x, [0, 0.5])
+    assert result.value == 0.5
+
+
+def test_a_small_gradient_at_a_large_x_is_not_rounded_away():
+    result = solvers.minimize(
+        lambda x: 1e-8 * jnp.sum((x - 2e4) ** 2), jnp.full(2, 1e4), box=(-np.inf, np.inf)
+    )
+    assert result.status != Status.CONVERGED
+    assert result.error == pytest.approx(np.sqrt(2) * 2e-4, rel=1e-3)
+
+
+def test_the_scale_of_a_steep_objective_does_not_matter():
+    @jax.jit
+    def solve(scale):
+        return solvers.minimize(lambda x: scale * jnp.sum((x - 0.3) ** 2), jnp.array([0.1, 0.9]))
+
+    for scale in (1.0, 1e3, 1e15):
+        result = solve(scale)
+        np.testing.assert_allclose(result.x, 0.3, atol=1e-4)
+        assert result.num_evals < 30
+
+
+@both_solvers
+def test_it_goes_on_to_the_minimum_of_a_changed_objective(make_solver):
+    weight = np.geomspace(1, 20, 12)
+    first, second = np.random.default_rng(0).uniform(-0.5, 1.5, (2, 12))
+    solver = make_solver(tol=1e-7)
+
+    def value_and_grad(centre):
+        def fun(x):
+            return jnp.sum(weight * (x - centre) ** 2 + (x - centre) ** 4), ()
+
+        return jax.value_and_grad(fun, has_aux=True)
+
+    def replaced(state):
+        (value, _), grad = value_and_grad(second)(state.x)
+        return state._replace(value=value, grad=grad)
+
+    with jax.enable_x64(True):
+        step = jax.jit(lambda state, centre: solver.step(value_and_grad(centre), state, Box()))
+        for resume, steps in itertools.product([evaluate_again, replaced], [1, 2, 5, 300]):
+            state = solver.init(value_and_grad(first), jnp.full(12, 0.5), Box())
+            for _ in range(steps):
+                state = step(state, first)
+            assert steps < 300 or state.status != Status.RUNNING
+            state = step(resume(state), second)
+            while state.status == Status.RUNNING:
+                state = step(state, second)
+            assert state.status == Status.CONVERGED
+            np.testing.assert_allclose(state.x, np.clip(second, 0, 1), atol=1e-6)
+
+
+# The entry point
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x0": np.zeros(3, int)}, TypeError, "x0: dtype int.*convert it to float32"),
+        ({"x0": np.zeros(3, np.uint8)}, TypeError, "x0: dtype uint8.*x0 / 255.0"),
+        ({"fun": lambda x: x}, ValueError, r"fun: returns shape \(3,\).*sum or index it"),
+        ({"fun": lambda x: (jnp.sum(x), x)}, ValueError, "fun: returns tuple.*scalar"),
+        ({"box": (np.zeros(2), 1.0)}, ValueError, r"box: lower bound of shape \(2,\).*\(3,\)"),
+        ({"box": 1.0}, ValueError, r"box: 1.0, expected a pair \(lower, upper\)"),
+        ({"max_evals": 0}, ValueError, "max_evals: 0, expected an integer of at least 1"),
+        ({"max_evals": 1.5}, ValueError, "max_evals: 1.5, expected an integer"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_remedy(change, error, message):
+    arguments = {"fun": jnp.sum, "x0": np.zeros(3, np.float32)} | change
+    with pytest.raises(error, match=message):
+        jax.jit(lambda: solvers.minimize(**arguments))()
+
+
+@both_solvers
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"memory": 0}, "memory: 0, expected an integer of at least 1"),
+        ({"tol": -1}, "tol: -1, expected a finite number of at least 0"),
+        ({"tol": float("nan")}, "tol: nan, expected a finite number"),
+    ],
+)
+def test_a_wrong_option_is_named_when_the_solver_is_made(make_solver, option, message):
+    with pytest.raises(ValueError, match=message):
+        make_solver(**option)
+
+
+def test_other_values_of_the_same_shapes_do_not_compile_again():
+    traces, counts = [], []
+
+    @jax.jit
+    def solve(centre, x0, box):
+        def fun(x):
+            traces.append(1)
+            return jnp.sum((x - centre) ** 2)
+
+        return solvers.minimize(fun, x0, box=box).x
+
+    for k in range(3):
+        bounds = Box(jnp.full(3, -k / 10), jnp.float32(1 + k))
+        x = solve(jnp.full(3, k / 2), jnp.full(3, k / 4), bounds)
+        np.testing.assert_allclose(x, k / 2, atol=1e-6)
+        counts.append(len(traces))
+    assert counts[0] == counts[-1]
+
+
+def test_the_result_has_the_precision_of_x0():
+    with jax.enable_x64(True):
+        for dtype in (np.float32, np.float64):
+            wide = np.linspace(0, 1, 3)
+            result = solvers.minimize(
+                lambda x, wide=wide: jnp.sum((x - jnp.asarray(wide)) ** 2),
+                np.full(3, 0.5, dtype),
+            )
+            assert result.x.dtype == result.value.dtype == result.grad.dtype == dtype
+            np.testing.assert_allclose(result.x, wide, atol=1e-5)
