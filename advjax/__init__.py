@@ -4,7 +4,7 @@ An implementation of "Intriguing properties of neural networks" (Szegedy et al.,
 arXiv:1312.6199).
 """
 
-from advjax import attacks, data, losses, metrics, models, solvers, training
+from advjax import attacks, data, losses, metrics, models, plots, solvers, training
 from advjax.types import Box, LogitsFn
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "losses",
     "metrics",
     "models",
+    "plots",
     "solvers",
     "training",
 ]

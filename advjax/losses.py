@@ -39,7 +39,7 @@ def squared_l2(r: Float[ArrayLike, "..."]) -> Float[Array, ""]:
     Returns:
         `sum(r**2)`: smooth everywhere.
     """
-    return jnp.sum(jnp.square(r))
+    return jnp.sum(jnp.square(jnp.ravel(r)))
 
 
 def l2(r: Float[ArrayLike, "..."]) -> Float[Array, ""]:

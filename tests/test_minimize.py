@@ -49,6 +49,19 @@ def test_a_region_without_finite_values_is_walked_around(make_solver):
 
 
 @both_solvers
+@pytest.mark.parametrize(
+    "fun",
+    [lambda x: jnp.sum(jnp.log(x)), lambda x: jnp.sum(x + 0 * jnp.sqrt(x))],
+    ids=["value", "gradient"],
+)
+def test_a_bound_without_finite_value_or_gradient_is_not_returned(make_solver, fun):
+    result = solvers.minimize(fun, jnp.array([0.1, 0.9]), solver=make_solver(), max_evals=50)
+    assert result.value <= fun(jnp.array([0.1, 0.9]))
+    assert np.isfinite(result.value)
+    assert np.isfinite(result.grad).all()
+
+
+@both_solvers
 def test_a_start_without_a_finite_value_is_told_and_returned(make_solver):
     result = wall(make_solver, [0.5, -2.0], -1.0, 1.0)
     assert (result.status, result.num_evals) == (Status.NONFINITE, 1)
@@ -143,6 +156,31 @@ def test_it_goes_on_to_the_minimum_of_a_changed_objective(make_solver):
                 state = step(state, second)
             assert state.status == Status.CONVERGED
             np.testing.assert_allclose(state.x, np.clip(second, 0, 1), atol=1e-6)
+
+
+def test_a_stall_is_forgotten_when_the_objective_changes():
+    solver, weight = solvers.lbfgsb(tol=0), np.geomspace(1, 50, 5)
+
+    def value_and_grad(x, scale, centre):
+        def fun(x):
+            return 100 + scale * jnp.sum(weight * jnp.cosh(x - centre)), ()
+
+        return jax.value_and_grad(fun, has_aux=True)(x)
+
+    @jax.jit
+    def step(state, *args):
+        return solver.step(lambda x: value_and_grad(x, *args), state, Box())
+
+    state = solver.init(lambda x: value_and_grad(x, 1.0, 0.3), jnp.linspace(0, 1, 5), Box())
+    while state.status == Status.RUNNING:
+        state = step(state, 1.0, 0.3)
+    assert state.status == Status.STALLED
+    (value, _), grad = value_and_grad(state.x, 1e4, 0.6)
+    state = step(state._replace(value=value, grad=grad), 1e4, 0.6)
+    assert state.value == value  # its first trial was too long
+    while state.status == Status.RUNNING:
+        state = step(state, 1e4, 0.6)
+    np.testing.assert_allclose(state.x, 0.6, atol=1e-3)
 
 
 # The entry point

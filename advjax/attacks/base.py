@@ -155,7 +155,9 @@ class _Candidate(NamedTuple):
 
 
 class _State(NamedTuple):
-    x: Float[Array, "*shape"]
+    """All vectors of the search are flat, which suits the solver; `best.x` is like the image."""
+
+    origin: Float[Array, " pixels"]
     target: Int[Array, ""]
     params: Any
     solver: SolverState
@@ -188,32 +190,40 @@ def machine(
         max_evals_per_solve: After so many a sub-problem is cut short.
     """
 
-    def compute(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    def flatten(x: Float[Array, "*shape"]) -> Float[Array, " pixels"]:
         # Half-precision images are optimised in float32 and rounded before the model sees them.
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.ravel(x).astype(jnp.promote_types(x.dtype, jnp.float32))
 
-    def value_and_grad(params: Any, x: Float[Array, "*shape"], target: Int[Array, ""]):
-        def objective(x_adv):
-            logits = compute(logits_fn(x_adv.astype(x.dtype)))
-            return method.objective(params, x_adv - compute(x), logits, target), logits
+    def image(
+        flat: Float[Array, " pixels"], like: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
+        return flat.reshape(like.shape).astype(like.dtype)
+
+    def bounds(like: Float[Array, "*shape"]) -> Box:
+        return Box(*(flatten(jnp.asarray(bound)) for bound in checks.box(box, like)))
+
+    def value_and_grad(
+        params: Any,
+        origin: Float[Array, " pixels"],
+        target: Int[Array, ""],
+        like: Float[Array, "*shape"],
+    ):
+        def objective(flat):
+            logits = logits_fn(image(flat, like)).astype(origin.dtype)
+            r = (flat - origin).reshape(like.shape)
+            return method.objective(params, r, logits, target), logits
 
         return jax.value_and_grad(objective, has_aux=True)
 
     def init(x: Float[Array, "*shape"], target: Int[Array, ""]) -> _State:
-        origin = compute(x)
-        bounds = checks.box(box, origin)
+        lower, upper = bounds(x)
+        possible = jnp.all(jnp.less_equal(lower, upper) & jnp.less(lower, jnp.inf))
         logits = checks.logits(logits_fn, x)
-        logits = jax.ShapeDtypeStruct(logits.shape, origin.dtype)
-        params = method.init(jax.ShapeDtypeStruct(origin.shape, origin.dtype), logits)
-        classes = logits.shape[0]
-        possible = jnp.all(
-            jnp.less_equal(bounds.lower, bounds.upper) & jnp.less(bounds.lower, jnp.inf)
-        )
         status = jnp.select(
             [
                 ~possible,
                 ~jnp.all(jnp.isfinite(x)),
-                (target < 0) | (target >= classes),
+                (target < 0) | (target >= logits.shape[0]),
             ],
             [
                 jnp.int32(Status.EMPTY_BOX),
@@ -222,17 +232,22 @@ def machine(
             ],
             jnp.int32(Status.RUNNING),
         )
-        x = jnp.where(jnp.isfinite(x), x, 0)
-        origin = compute(x)
-        target = jnp.clip(target, 0, classes - 1)
+        origin = flatten(jnp.where(jnp.isfinite(x), x, 0))
+        target = jnp.clip(target, 0, logits.shape[0] - 1)
         zero = jnp.zeros((), origin.dtype)
-        nearest = jnp.where(possible, jnp.clip(origin, *bounds), origin)
+        params = method.init(
+            jax.ShapeDtypeStruct(x.shape, origin.dtype),
+            jax.ShapeDtypeStruct(logits.shape, origin.dtype),
+        )
+        nearest = image(jnp.where(possible, jnp.clip(origin, lower, upper), origin), x)
         return _State(
-            x=x,
+            origin=origin,
             target=target,
             params=params,
-            solver=solver.init(value_and_grad(params, x, target), origin, bounds),
-            best=_Candidate(nearest.astype(x.dtype), jnp.int32(0), zero - jnp.inf, zero),
+            solver=solver.init(
+                value_and_grad(params, origin, target, x), origin, Box(lower, upper)
+            ),
+            best=_Candidate(nearest, jnp.int32(0), zero - jnp.inf, zero),
             status=status,
             spent=jnp.int32(0),
             goal=zero,
@@ -241,16 +256,18 @@ def machine(
 
     def step(state: _State) -> _State:
         first = state.solver.num_evals == 0
+        like = state.best.x
         solver_state = solver.step(
-            value_and_grad(state.params, state.x, state.target),
+            value_and_grad(state.params, state.origin, state.target, like),
             state.solver,
-            checks.box(box, state.solver.x),
+            bounds(like),
         )
         view = look(state, solver_state, first)
         best = _better(state.best, candidate(state, solver_state, view, first))
 
         spent = state.spent + 1
-        short = method.tolerance(state.params) * _norm(jax.grad(method.size)(view.r))
+        pull = jnp.ravel(jax.grad(method.size)(view.r))
+        short = method.tolerance(state.params) * jnp.linalg.norm(pull)
         solved = ~first & (
             (view.error <= short)
             | (solver_state.status != SolverStatus.RUNNING)
@@ -279,7 +296,7 @@ def machine(
             params=_where(changed, verdict.params, state.params),
             solver=solver_state._replace(
                 value=jnp.where(changed, verdict.value, solver_state.value),
-                grad=jnp.where(changed, verdict.grad, solver_state.grad),
+                grad=jnp.where(changed, jnp.ravel(verdict.grad), solver_state.grad),
             ),
             best=best,
             status=status,
@@ -290,19 +307,19 @@ def machine(
 
     def look(state: _State, solver_state: SolverState, first: Bool[Array, ""]) -> View:
         logits = solver_state.aux
-        dtype = jax.eval_shape(logits_fn, state.x).dtype
+        shape, dtype = state.best.x.shape, jax.eval_shape(logits_fn, state.best.x).dtype
         resolution = jnp.where(first, _resolution(logits, dtype), state.resolution)
         goal = jnp.where(first, resolution if confidence is None else confidence, state.goal)
         margin = metrics.margin(logits, state.target)
         return View(
-            r=solver_state.x - compute(state.x),
+            r=(solver_state.x - state.origin).reshape(shape),
             logits=logits,
             target=state.target,
             margin=margin,
             goal=goal,
             resolution=resolution,
             value=solver_state.value,
-            grad=solver_state.grad,
+            grad=solver_state.grad.reshape(shape),
             error=solver_state.error,
             reached=(jnp.argmax(logits) == state.target) & (margin >= goal),
         )
@@ -310,9 +327,9 @@ def machine(
     def candidate(
         state: _State, solver_state: SolverState, view: View, first: Bool[Array, ""]
     ) -> _Candidate:
-        x_adv = solver_state.x.astype(state.x.dtype)
+        x_adv = image(solver_state.x, state.best.x)
         predicted = jnp.argmax(view.logits) == view.target
-        distortion = metrics.distortion(compute(state.x), compute(x_adv))
+        distortion = metrics.distortion(state.origin, flatten(x_adv))
         return _Candidate(
             x=x_adv,
             level=predicted.astype(jnp.int32) + view.reached,
@@ -336,7 +353,7 @@ def machine(
         return AttackResult(
             x_adv=x_adv,
             success=success,
-            distortion=metrics.distortion(compute(state.x), compute(x_adv)),
+            distortion=metrics.distortion(state.origin, flatten(x_adv)),
             weight=state.best.weight,
             prediction=prediction,
             status=jnp.where(ended_well & ~success, Status.NOT_FOUND, state.status),
@@ -374,10 +391,6 @@ def constant(
     converted, closed_over = jax.closure_convert(logits_fn, x)
     closed_over, x, box = jax.lax.stop_gradient((closed_over, x, box))
     return lambda example: converted(example, *closed_over), x, box
-
-
-def _norm(array: Float[Array, "*shape"]) -> Float[Array, ""]:
-    return jnp.sqrt(jnp.vdot(array, array))
 
 
 def _resolution(logits: Float[Array, " classes"], dtype: Any) -> Float[Array, ""]:

@@ -176,7 +176,7 @@ def lbfgs_machine(
         """Guess c where the penalty of the r that a linear loss needs balances the loss."""
         clean_loss = jnp.abs(loss(view.logits, view.target))
         slope = view.grad - jax.grad(penalty)(view.r)  # of the loss, as c is 1
-        square = jnp.sum(jnp.square(slope))
+        square = losses.squared_l2(slope)
         needed = penalty(slope * clean_loss / jnp.where(square > 0, square, 1))
         usable = (square > 0) & (needed > 0)
         guess = jnp.where(usable, _FIRST_SHARE * clean_loss / jnp.where(usable, needed, 1), 1)

@@ -35,7 +35,7 @@ def minimum_norm(
     target: Int[Array, ""] | int,
     *,
     box: Box | tuple = Box(),  # noqa: B008 an immutable default
-    solver: Solver = lbfgsb(tol=0),  # noqa: B008
+    solver: Solver = lbfgsb(tol=0, first_step=1 / (1 + _FIRST_PENALTY)),  # noqa: B008
     confidence: float | None = None,
     tol: float = 1e-2,
     max_evals: int = 500,
@@ -92,7 +92,7 @@ def minimum_norm_machine(
     logits_fn: LogitsFn,
     *,
     box: Box | tuple = Box(),  # noqa: B008
-    solver: Solver = lbfgsb(tol=0),  # noqa: B008
+    solver: Solver = lbfgsb(tol=0, first_step=1 / (1 + _FIRST_PENALTY)),  # noqa: B008
     confidence: float | None = None,
     tol: float = 1e-2,
     max_evals: int = 500,
@@ -123,7 +123,7 @@ def minimum_norm_machine(
         """Scale the penalty by the gradient just seen, linear in it while the multipliers are 0."""
         size, pull = _half_square(view.r), view.grad - view.r
         excess = view.value - size  # half the squared violation
-        square = jnp.sum(jnp.square(pull))
+        square = losses.squared_l2(pull)
         usable = square > 0
         penalty = jnp.where(usable, _FIRST_PENALTY * 2 * excess / jnp.where(usable, square, 1), 1)
         params = params._replace(

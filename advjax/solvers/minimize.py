@@ -1,5 +1,6 @@
 """The entry point: minimise one function in a box."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -42,25 +43,29 @@ def minimize(
     bounds = checks.box(box, x0)
     checks.scalar("fun", fun, x0)
     max_evals = checks.positive_int("max_evals", max_evals)
-    value_and_grad = jax.value_and_grad(lambda x: (jnp.asarray(fun(x), x0.dtype), ()), has_aux=True)
+    start, flat_bounds = jnp.ravel(x0), Box(*map(jnp.ravel, bounds))
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def value_and_grad(x):
+        return jnp.asarray(fun(x.reshape(x0.shape)), x0.dtype), ()
 
     def running(state: SolverState):
         return (state.status == Status.RUNNING) & (state.num_evals < max_evals)
 
     def step(state: SolverState):
-        return solver.step(value_and_grad, state, bounds)
+        return solver.step(value_and_grad, state, flat_bounds)
 
-    start = solver.init(value_and_grad, x0, bounds)
-    feasible = jnp.all(jnp.less_equal(bounds.lower, bounds.upper))
-    start = start._replace(
-        x=jnp.where(feasible, start.x, x0),
-        status=jnp.where(feasible, start.status, Status.EMPTY_BOX),
+    state = solver.init(value_and_grad, start, flat_bounds)
+    feasible = jnp.all(jnp.less_equal(*bounds))
+    state = state._replace(
+        x=jnp.where(feasible, state.x, start),
+        status=jnp.where(feasible, state.status, Status.EMPTY_BOX),
     )
-    end = jax.lax.while_loop(running, step, start)
+    end = jax.lax.while_loop(running, step, state)
     return SolverResult(
-        x=end.x,
+        x=end.x.reshape(x0.shape),
         value=end.value,
-        grad=end.grad,
+        grad=end.grad.reshape(x0.shape),
         error=end.error,
         status=jnp.where(end.status == Status.RUNNING, Status.BUDGET, end.status),
         num_evals=end.num_evals,
