@@ -113,8 +113,7 @@ def test_a_small_gradient_at_a_large_x_is_not_rounded_away():
     result = solvers.minimize(
         lambda x: 1e-8 * jnp.sum((x - 2e4) ** 2), jnp.full(2, 1e4), box=(-np.inf, np.inf)
     )
-    assert result.status != Status.CONVERGED
-    assert result.error == pytest.approx(np.sqrt(2) * 2e-4, rel=1e-3)
+    np.testing.assert_allclose(result.x, 2e4, rtol=1e-5)
 
 
 def test_the_scale_of_a_steep_objective_does_not_matter():
@@ -122,7 +121,7 @@ def test_the_scale_of_a_steep_objective_does_not_matter():
     def solve(scale):
         return solvers.minimize(lambda x: scale * jnp.sum((x - 0.3) ** 2), jnp.array([0.1, 0.9]))
 
-    for scale in (1.0, 1e3, 1e15):
+    for scale in (1e-2, 1.0, 1e3, 1e12):
         result = solve(scale)
         np.testing.assert_allclose(result.x, 0.3, atol=1e-4)
         assert result.num_evals < 30
@@ -203,6 +202,11 @@ def test_a_wrong_argument_is_named_with_its_remedy(change, error, message):
     arguments = {"fun": jnp.sum, "x0": np.zeros(3, np.float32)} | change
     with pytest.raises(error, match=message):
         jax.jit(lambda: solvers.minimize(**arguments))()
+
+
+def test_a_first_step_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="first_step: 0, expected a finite number above 0"):
+        solvers.lbfgsb(first_step=0)
 
 
 @both_solvers

@@ -24,7 +24,8 @@ from advjax.solvers.base import (
 from advjax.types import Box
 
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant (Nocedal and Wright, 2006, section 3.1)
-_SHRINK = (0.1, 0.5)  # by how much a rejected step may be shortened
+_SHRINK = (0.01, 0.5)  # by how much a rejected step may be shortened
+_SHRINK_BLINDLY = 0.1  # where a value that is not finite, or too low, tells nothing
 _GROWTH = 4.0  # of the step along a direction without positive curvature
 _MAX_REJECTIONS = 15  # in a row; then the history is dropped, then the solver gives up
 _MAX_IDLE = 5  # accepted steps in a row that gain no more than rounding
@@ -74,8 +75,19 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
         idle = jnp.where(state.status == Status.RUNNING, old.idle, 0)
         unevaluated = jnp.isinf(state.value)
 
+        # A step that is to be longer is projected anew; a shorter one goes less far along the
+        # same segment, where the objective is as smooth as it is.
         direction = _direction(state.x, state.grad, old, box, first_step)
-        trial = jnp.clip(state.x + old.step_size * direction, box.lower, box.upper)
+
+        def project(direction):
+            reach = jnp.maximum(old.step_size, 1) * direction
+            return jnp.clip(state.x + reach, box.lower, box.upper) - state.x
+
+        segment = project(direction)
+        descends = jnp.vdot(state.grad, segment) < 0
+        segment = jnp.where(descends, segment, project(-first_step * state.grad))
+        trial = state.x + jnp.minimum(old.step_size, 1) * segment
+        trial = jnp.clip(trial, box.lower, box.upper)  # in spite of rounding
         (value, aux), grad = value_and_grad(trial)
 
         moved, change = trial - state.x, grad - state.grad
@@ -175,12 +187,9 @@ def _direction(
         beta = rhos[i] * jnp.sum(products[y[i]] * q)
         q = q.at[s[i]].add(alphas[i] - beta)
 
-    # A free coordinate on its bound that the recursion would push outwards cannot move; its part
-    # of the slope is positive, so that without it the direction descends all the more.
     r = jnp.matmul(q, basis, precision=jax.lax.Precision.HIGHEST).reshape(x.shape)
-    direction = jnp.where((at_lower & (r > 0)) | (at_upper & (r < 0)), 0, -r)
-    descends = jnp.vdot(direction, grad) < 0
-    return jnp.where(descends, direction, jnp.where(free, -first_step * grad, 0))
+    # A free coordinate on its bound that the recursion would push outwards cannot move.
+    return jnp.where((at_lower & (r > 0)) | (at_upper & (r < 0)), 0, -r)
 
 
 def _remember(
@@ -213,5 +222,5 @@ def _shrinkage(
     """The factor to the minimum of the parabola through both values and the slope, kept modest."""
     curvature = increase - slope
     usable = finite & (curvature > 0)
-    factor = jnp.where(usable, -slope / (2 * jnp.where(usable, curvature, 1)), _SHRINK[0])
+    factor = jnp.where(usable, -slope / (2 * jnp.where(usable, curvature, 1)), _SHRINK_BLINDLY)
     return jnp.clip(factor, *_SHRINK)
