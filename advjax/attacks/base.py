@@ -216,8 +216,8 @@ def machine(
         return jax.value_and_grad(objective, has_aux=True)
 
     def init(x: Float[Array, "*shape"], target: Int[Array, ""]) -> _State:
-        lower, upper = bounds(x)
-        possible = jnp.all(jnp.less_equal(lower, upper) & jnp.less(lower, jnp.inf))
+        lower, upper = map(jnp.asarray, bounds(x))
+        possible = jnp.all((lower <= upper) & (lower < jnp.inf) & (upper > -jnp.inf))
         logits = checks.logits(logits_fn, x)
         status = jnp.select(
             [
