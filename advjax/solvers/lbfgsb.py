@@ -24,8 +24,7 @@ from advjax.solvers.base import (
 from advjax.types import Box
 
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant (Nocedal and Wright, 2006, section 3.1)
-_SHRINK = (0.01, 0.5)  # by how much a rejected step may be shortened
-_SHRINK_BLINDLY = 0.1  # where a value that is not finite, or too low, tells nothing
+_SHRINK = (0.1, 0.5)  # by how much a rejected step may be shortened
 _GROWTH = 4.0  # of the step along a direction without positive curvature
 _MAX_REJECTIONS = 15  # in a row; then the history is dropped, then the solver gives up
 _MAX_IDLE = 5  # accepted steps in a row that gain no more than rounding
@@ -222,5 +221,5 @@ def _shrinkage(
     """The factor to the minimum of the parabola through both values and the slope, kept modest."""
     curvature = increase - slope
     usable = finite & (curvature > 0)
-    factor = jnp.where(usable, -slope / (2 * jnp.where(usable, curvature, 1)), _SHRINK_BLINDLY)
+    factor = jnp.where(usable, -slope / (2 * jnp.where(usable, curvature, 1)), _SHRINK[0])
     return jnp.clip(factor, *_SHRINK)
