@@ -1,4 +1,4 @@
-"""Ours against jaxopt and SciPy: evaluations, time (no figure; 1 min; MNIST or a sample).
+"""Ours against jaxopt and SciPy: evaluations, time (no figure; 1 min; MNIST or sample).
 
 Every attack takes the same images of the same net to the same targets, in one run: both of ours in
 one batch; the paper's attack with jaxopt's L-BFGS-B as the solver, guarded, in one batch and one

@@ -112,8 +112,14 @@ def check_invariants(result, logits_fn, x, target, box):
         )
 
 
+@functools.cache
+def compiled(attack, logits_fn, **options):
+    return jax.jit(lambda x, target, box: attack(logits_fn, x, target, box=box, **options))
+
+
 def run(attack, logits_fn, x, target, box=(0.0, 1.0), **options):
-    result = jax.jit(lambda x: attack(logits_fn, x, target, box=box, **options))(x)
+    bounds = tuple(jnp.broadcast_to(jnp.asarray(bound, x.dtype), x.shape) for bound in box)
+    result = compiled(attack, logits_fn, **options)(x, target, bounds)
     check_invariants(result, logits_fn, x, target, box)
     return result
 
@@ -209,7 +215,7 @@ def test_an_image_that_is_not_finite_is_told(attack, bad):
 @each_attack
 @pytest.mark.parametrize("box", [(1.0, 0.0), (0.0, jnp.nan), (jnp.full((2, 2), 0.5), 0.4)])
 def test_a_box_without_a_point_is_told(attack, box):
-    result = attack(linear, X, 1, box=box)
+    result = run(attack, linear, X, 1, box=box)
     assert int(result.status) == Status.EMPTY_BOX
     assert not bool(result.success)
     np.testing.assert_array_equal(result.x_adv, X)
@@ -251,10 +257,11 @@ def test_a_budget_is_kept(attack, max_evals):
 def test_the_failure_of_one_lane_leaves_the_others_alone(attack):
     images = jnp.stack([X, X * jnp.nan, X, X])
     targets = jnp.array([1, 1, 7, 2])
-    result = jax.vmap(functools.partial(attack, linear))(images, targets)
+    run = jax.jit(functools.partial(attack, linear))
+    result = jax.vmap(run)(images, targets)
     np.testing.assert_array_equal(result.success, [True, False, False, True])
     for i in (0, 3):
-        alone = attack(linear, X, targets[i])
+        alone = run(X, targets[i])
         np.testing.assert_allclose(result.distortion[i], alone.distortion, rtol=1e-5)
 
 
@@ -262,12 +269,12 @@ def test_the_failure_of_one_lane_leaves_the_others_alone(attack):
 @hypothesis.settings(deadline=None, max_examples=40)
 @hypothesis.given(
     seed=st.integers(0, 2**31),
-    width=st.integers(1, 8),
+    width=st.sampled_from([1, 6]),
     scale=st.floats(0.01, 100),
     target=st.integers(-1, 3),
     low=st.floats(-2, 0.9),
     extent=st.floats(0, 3),
-    max_evals=st.sampled_from([1, 3, 40]),
+    max_evals=st.sampled_from([2, 40]),
     kind=st.sampled_from(["tanh", "relu"]),
 )
 def test_every_result_keeps_the_invariants(

@@ -39,7 +39,7 @@ def assert_same(one, other, rtol=1e-3):
 
 @each_attack
 def test_vmap_gives_what_a_python_loop_gives(attack):
-    run = functools.partial(attack, functools.partial(MODEL.apply, PARAMS))
+    run = jax.jit(functools.partial(attack, functools.partial(MODEL.apply, PARAMS)))
     together = jax.vmap(run)(IMAGES, TARGETS)
     loop = [run(x, target) for x, target in zip(IMAGES, TARGETS, strict=True)]
     assert_same(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *loop))
@@ -51,6 +51,7 @@ def test_vmap_over_parameters_attacks_each_net(attack):
     nets = [parameters(key) for key in jax.random.split(KEYS[2], 3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nets)
 
+    @jax.jit
     def run(params, x, target):
         return attack(functools.partial(MODEL.apply, params), x, target)
 
@@ -58,8 +59,9 @@ def test_vmap_over_parameters_attacks_each_net(attack):
         stacked, IMAGES, TARGETS
     )
     for i, params in enumerate(nets):
-        alone = jax.vmap(functools.partial(run, params))(IMAGES, TARGETS)
-        assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone)
+        alone = jax.vmap(run, in_axes=(None, 0, 0))(params, IMAGES, TARGETS)
+        # Other matrix products round otherwise, and may lead to another local minimum nearby.
+        assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone, rtol=1e-2)
 
 
 @each_attack
@@ -102,11 +104,9 @@ def test_the_attack_is_a_constant_to_the_gradient_of_a_training_loss(attack):
 
     x_adv = attack(functools.partial(MODEL.apply, PARAMS), IMAGES[0], TARGETS[0]).x_adv
     expected = jax.grad(adversarial_loss)(PARAMS, x_adv)
-    for gradient in (jax.grad(training_loss), jax.jit(jax.grad(training_loss))):
-        for one, other in zip(
-            jax.tree.leaves(gradient(PARAMS)), jax.tree.leaves(expected), strict=True
-        ):
-            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+    gradient = jax.jit(jax.grad(training_loss))(PARAMS)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
     batched = jax.vmap(jax.grad(training_loss))(jax.tree.map(lambda leaf: leaf[None], PARAMS))
     for one, other in zip(jax.tree.leaves(batched), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one[0], other, rtol=1e-3, atol=1e-5)
