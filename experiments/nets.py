@@ -9,9 +9,7 @@ paper prints 1.64 % and 0.058.
 
 import hashlib
 import math
-import os
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from advjax import models, training
+from advjax.data import cache
 
 
 class Recipe(NamedTuple):
@@ -121,9 +120,8 @@ def load_or_train(
     number of steps, the images and labels, and the key. A damaged file is made anew.
     """
     recipe = _recipe(name)
-    path = (
-        _cache_folder() / f"{name}-{_fingerprint(recipe, images, labels, key, steps)}.safetensors"
-    )
+    fingerprint = _fingerprint(recipe, images, labels, key, steps)
+    path = cache.folder() / f"{name}-{fingerprint}.safetensors"
     if path.exists():
         try:
             net = Net(name, recipe.model, models.load(path))
@@ -164,8 +162,3 @@ def _fingerprint(
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
-
-
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "advjax"

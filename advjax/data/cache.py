@@ -13,6 +13,12 @@ from jaxtyping import UInt8
 Examples = tuple[UInt8[np.ndarray, "n h w c"], UInt8[np.ndarray, " n"]]
 
 
+def folder() -> Path:
+    """The folder of this library in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "advjax"
+
+
 def arrays(filename: str, build: Callable[[], Examples]) -> Examples:
     """Reads images and labels from the cache, building and writing them if they are not there.
 
@@ -23,8 +29,7 @@ def arrays(filename: str, build: Callable[[], Examples]) -> Examples:
     Returns:
       The images and the labels. A damaged file is built anew: the checksums in an npz tell.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(home) / "advjax" / filename
+    path = folder() / filename
     # Damage can make the reader raise anything; a file that is not there is the usual case.
     with contextlib.suppress(Exception):
         return _read(path)
