@@ -50,7 +50,10 @@ def one_example(logits: Any) -> Float[Array, " classes"]:
 
 
 def box(value: Any, x: Float[Array, "*shape"]) -> Box:
-    """`value` as a `Box` of two arrays like `x`; ValueError unless a pair that broadcasts to it."""
+    """`value` as a `Box` of two arrays; ValueError unless a pair that broadcasts to `x`.
+
+    A scalar stays one, as it need not be read for every pixel; another bound is shaped like `x`.
+    """
     try:
         lower, upper = value
     except (TypeError, ValueError):
@@ -61,7 +64,7 @@ def box(value: Any, x: Float[Array, "*shape"]) -> Box:
     def bound(name, array):
         array = jnp.asarray(array, x.dtype)
         try:
-            return jnp.broadcast_to(array, x.shape)
+            return jnp.broadcast_to(array, x.shape) if array.ndim else array
         except ValueError:
             raise ValueError(
                 f"box: {name} bound of shape {array.shape} does not broadcast to the shape "
@@ -127,3 +130,15 @@ def number(name: str, value: Any, *, minimum: float, exclusive: bool = False) ->
         relation = "above" if exclusive else "of at least"
         raise ValueError(f"{name}: {value!r}, expected a finite number {relation} {minimum}.")
     return out
+
+
+def nonnegative(name: str, value: Any, dtype: Any) -> Float[Array, ""]:
+    """`value` as a scalar; ValueError unless one number, of at least 0 where it is not traced."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        value = number(name, value, minimum=0)
+    value = jnp.asarray(value, dtype)
+    if value.shape:
+        raise ValueError(
+            f"{name}: shape {value.shape}, expected one number; use jax.vmap over several."
+        )
+    return value

@@ -60,8 +60,10 @@ def test_vmap_over_parameters_attacks_each_net(attack):
     )
     for i, params in enumerate(nets):
         alone = jax.vmap(run, in_axes=(None, 0, 0))(params, IMAGES, TARGETS)
-        # Other matrix products round otherwise, and may lead to another local minimum nearby.
-        assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone, rtol=1e-2)
+        # Other matrix products round otherwise, and may lead a few to another local minimum nearby.
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+        assert_same(one, alone, rtol=0.05)
+        assert float(jnp.median(jnp.abs(one.distortion - alone.distortion))) < 1e-4
 
 
 @each_attack

@@ -197,7 +197,8 @@ def test_a_step_without_positive_curvature_is_not_remembered(curvature):
     history = solvers.lbfgsb().init(no_objective, jnp.zeros(3), Box()).memory
     step = jnp.array([1.0, 2.0, 3.0])
     after = _remember(history, step, curvature * step, keep=True, forget=False)
-    assert not after.steps.any()
+    assert not after.history.any()
+    assert after.num_pairs == 0
 
 
 @settings(deadline=None)
@@ -207,7 +208,8 @@ def test_a_step_descends_inside_the_box_whatever_the_memory_holds(seed, exponent
     x, grad = (a.astype(np.float32) for a in random_corner(rng, n))
     grad *= np.float32(10.0**exponent)
     steps, changes = 10.0 ** rng.uniform(-15, 15, (2, 3, 1)) * rng.normal(size=(2, 3, n))
-    state = step_on_a_slope()(x, grad, steps.astype(np.float32), changes.astype(np.float32))
+    history = np.concatenate([steps, changes]).astype(np.float32)
+    state = step_on_a_slope()(x, grad, history, rng.integers(0, 9))
     assert np.all((state.x >= 0) & (state.x <= 1))
     stationary = ((x == 0) & (grad >= 0)) | ((x == 1) & (grad <= 0))
     moved = np.asarray(state.x, np.float64) - x
@@ -221,12 +223,12 @@ def step_on_a_slope():
     solver = solvers.lbfgsb(memory=3)
 
     @jax.jit
-    def step(x, grad, steps, changes):
+    def step(x, grad, history, num_pairs):
         def value_and_grad(x):
             return (grad @ x, ()), grad
 
         state = solver.init(value_and_grad, x, Box())
-        memory = state.memory._replace(steps=steps, grad_changes=changes)
+        memory = state.memory._replace(history=history, num_pairs=num_pairs)
         state = state._replace(x=x, value=grad @ x, grad=grad, memory=memory)
         return solver.step(value_and_grad, state, Box())
 

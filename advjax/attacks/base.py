@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from advjax import checks, metrics
+from advjax import checks, losses, metrics
 from advjax.solvers import Solver, SolverState
 from advjax.solvers import Status as SolverStatus
 from advjax.types import Box, LogitsFn
@@ -77,7 +77,8 @@ class Machine(NamedTuple):
 
     Attributes:
         init: `(x, target) -> state`, without an evaluation of the model.
-        step: `state -> state`, one value_and_grad of the model.
+        step: `state -> state`, one value_and_grad of the model. A step beyond the end leaves the
+            result as it is, so that a batch may go on without those that are done.
         done: `state -> bool`.
         result: `state -> AttackResult`, one prediction of the model.
     """
@@ -91,8 +92,11 @@ class Machine(NamedTuple):
 class View(NamedTuple):
     """What a method sees of the machine after a step."""
 
-    r: Float[Array, "*shape"]
-    """The perturbation of the solver's current point."""
+    size: Float[Array, ""]
+    """The method's measure of the perturbation, the solver's current point less the image."""
+    size_grad: Float[Array, " pixels"]
+    shape: tuple[int, ...]
+    """That of the image."""
     logits: Float[Array, " classes"]
     target: Int[Array, ""]
     margin: Float[Array, ""]
@@ -102,8 +106,10 @@ class View(NamedTuple):
     resolution: Float[Array, ""]
     """The smallest difference of logits that counts."""
     value: Float[Array, ""]
-    grad: Float[Array, "*shape"]
+    """The objective there."""
+    grad: Float[Array, " pixels"]
     error: Float[Array, ""]
+    """The length of the projected gradient."""
     reached: Bool[Array, ""]
     """Whether this point is adversarial, by the margin that is asked for."""
 
@@ -113,9 +119,9 @@ class Verdict(NamedTuple):
 
     params: Any
     """The parameters of the objective from now on."""
-    value: Float[Array, ""]
-    """The new objective at the same point; infinite to have it evaluated."""
-    grad: Float[Array, "*shape"]
+    ratio: Float[Array, ""]
+    """By what they multiply the gradient of the objective's other part at this point; infinite to
+    have it evaluated anew."""
     finished: Bool[Array, ""]
     exhausted: Bool[Array, ""]
     """Whether the search should end without having converged."""
@@ -126,9 +132,9 @@ class Method(NamedTuple):
 
     Attributes:
         init: `(r, logits) -> params`, from the shapes and dtypes of both.
-        objective: `(params, r, logits, target) -> scalar`.
-        size: `r -> scalar`, the part of the objective that measures `r`. A sub-problem is solved
-            when its projected gradient is short beside the gradient of this.
+        size: `r -> scalar`, the part of the objective that measures the perturbation. A sub-problem
+            is solved when its projected gradient is short beside the gradient of this.
+        other: `(params, logits, target) -> scalar`, the rest of the objective.
         tolerance: `params -> scalar`, how short.
         weight: `(params, view) -> scalar`, what the result reports.
         first: `(params, view) -> Verdict`, after the evaluation of the clean image, under the
@@ -137,8 +143,8 @@ class Method(NamedTuple):
     """
 
     init: Callable[[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], Any]
-    objective: Callable[..., Float[Array, ""]]
     size: Callable[[Float[Array, "*shape"]], Float[Array, ""]]
+    other: Callable[[Any, Float[Array, " classes"], Int[Array, ""]], Float[Array, ""]]
     tolerance: Callable[[Any], Float[Array, ""]]
     weight: Callable[[Any, View], Float[Array, ""]]
     first: Callable[[Any, View], Verdict]
@@ -150,7 +156,7 @@ class _Candidate(NamedTuple):
 
     x: Float[Array, "*shape"]
     level: Int[Array, ""]  # 2: the target by the margin asked for, 1: by any, 0: another class
-    merit: Float[Array, ""]  # minus the distortion, or at level 0 the margin
+    merit: Float[Array, ""]  # minus the squared distance, or at level 0 the margin
     weight: Float[Array, ""]
 
 
@@ -210,28 +216,14 @@ def machine(
     ):
         def objective(flat):
             logits = logits_fn(image(flat, like)).astype(origin.dtype)
-            r = (flat - origin).reshape(like.shape)
-            return method.objective(params, r, logits, target), logits
+            size = method.size((flat - origin).reshape(like.shape))
+            return size + method.other(params, logits, target), logits
 
         return jax.value_and_grad(objective, has_aux=True)
 
     def init(x: Float[Array, "*shape"], target: Int[Array, ""]) -> _State:
-        lower, upper = map(jnp.asarray, bounds(x))
-        possible = jnp.all((lower <= upper) & (lower < jnp.inf) & (upper > -jnp.inf))
-        logits = checks.logits(logits_fn, x)
-        status = jnp.select(
-            [
-                ~possible,
-                ~jnp.all(jnp.isfinite(x)),
-                (target < 0) | (target >= logits.shape[0]),
-            ],
-            [
-                jnp.int32(Status.EMPTY_BOX),
-                jnp.int32(Status.NONFINITE),
-                jnp.int32(Status.INVALID_TARGET),
-            ],
-            jnp.int32(Status.RUNNING),
-        )
+        allowed, logits = bounds(x), checks.logits(logits_fn, x)
+        status = admission(x, target, logits.shape[0], allowed)
         origin = flatten(jnp.where(jnp.isfinite(x), x, 0))
         target = jnp.clip(target, 0, logits.shape[0] - 1)
         zero = jnp.zeros((), origin.dtype)
@@ -239,15 +231,13 @@ def machine(
             jax.ShapeDtypeStruct(x.shape, origin.dtype),
             jax.ShapeDtypeStruct(logits.shape, origin.dtype),
         )
-        nearest = image(jnp.where(possible, jnp.clip(origin, lower, upper), origin), x)
+        nearest = jnp.where(status == Status.EMPTY_BOX, origin, jnp.clip(origin, *allowed))
         return _State(
             origin=origin,
             target=target,
             params=params,
-            solver=solver.init(
-                value_and_grad(params, origin, target, x), origin, Box(lower, upper)
-            ),
-            best=_Candidate(nearest, jnp.int32(0), zero - jnp.inf, zero),
+            solver=solver.init(value_and_grad(params, origin, target, x), origin, allowed),
+            best=_Candidate(image(nearest, x), jnp.int32(0), zero - jnp.inf, zero),
             status=status,
             spent=jnp.int32(0),
             goal=zero,
@@ -256,18 +246,17 @@ def machine(
 
     def step(state: _State) -> _State:
         first = state.solver.num_evals == 0
-        like = state.best.x
+        running = state.status == Status.RUNNING
         solver_state = solver.step(
-            value_and_grad(state.params, state.origin, state.target, like),
+            value_and_grad(state.params, state.origin, state.target, state.best.x),
             state.solver,
-            bounds(like),
+            bounds(state.best.x),
         )
         view = look(state, solver_state, first)
-        best = _better(state.best, candidate(state, solver_state, view, first))
+        best = _better(state.best, candidate(state, solver_state, view, first), running)
 
         spent = state.spent + 1
-        pull = jnp.ravel(jax.grad(method.size)(view.r))
-        short = method.tolerance(state.params) * jnp.linalg.norm(pull)
+        short = method.tolerance(state.params) * jnp.linalg.norm(view.size_grad)
         solved = ~first & (
             (view.error <= short)
             | (solver_state.status != SolverStatus.RUNNING)
@@ -292,34 +281,44 @@ def machine(
             ],
             jnp.int32(Status.RUNNING),
         )
+        # The objective at the same point under the new parameters.
+        known = jnp.isfinite(verdict.ratio)
+        value = view.size + method.other(verdict.params, view.logits, state.target)
+        grad = view.size_grad + verdict.ratio * (view.grad - view.size_grad)
         return state._replace(
             params=_where(changed, verdict.params, state.params),
             solver=solver_state._replace(
-                value=jnp.where(changed, verdict.value, solver_state.value),
-                grad=jnp.where(changed, jnp.ravel(verdict.grad), solver_state.grad),
+                num_evals=jnp.where(running, solver_state.num_evals, state.solver.num_evals),
+                value=jnp.where(changed, jnp.where(known, value, jnp.inf), solver_state.value),
+                grad=jnp.where(changed, jnp.where(known, grad, 0), solver_state.grad),
             ),
             best=best,
-            status=status,
+            status=jnp.where(running, status, state.status),
             spent=jnp.where(changed, 0, spent),
             goal=view.goal,
             resolution=view.resolution,
         )
 
     def look(state: _State, solver_state: SolverState, first: Bool[Array, ""]) -> View:
-        logits = solver_state.aux
-        shape, dtype = state.best.x.shape, jax.eval_shape(logits_fn, state.best.x).dtype
+        logits, like = solver_state.aux, state.best.x
+        dtype = jax.eval_shape(logits_fn, like).dtype
         resolution = jnp.where(first, _resolution(logits, dtype), state.resolution)
         goal = jnp.where(first, resolution if confidence is None else confidence, state.goal)
         margin = metrics.margin(logits, state.target)
+        size, size_grad = jax.value_and_grad(lambda r: method.size(r.reshape(like.shape)))(
+            solver_state.x - state.origin
+        )
         return View(
-            r=(solver_state.x - state.origin).reshape(shape),
+            size=size,
+            size_grad=size_grad,
+            shape=like.shape,
             logits=logits,
             target=state.target,
             margin=margin,
             goal=goal,
             resolution=resolution,
             value=solver_state.value,
-            grad=solver_state.grad.reshape(shape),
+            grad=solver_state.grad,
             error=solver_state.error,
             reached=(jnp.argmax(logits) == state.target) & (margin >= goal),
         )
@@ -329,11 +328,11 @@ def machine(
     ) -> _Candidate:
         x_adv = image(solver_state.x, state.best.x)
         predicted = jnp.argmax(view.logits) == view.target
-        distortion = metrics.distortion(state.origin, flatten(x_adv))
+        distance = losses.squared_l2(flatten(x_adv) - state.origin)
         return _Candidate(
             x=x_adv,
             level=predicted.astype(jnp.int32) + view.reached,
-            merit=jnp.where(predicted, -distortion, view.margin),
+            merit=jnp.where(predicted, -distance, view.margin),
             weight=jnp.where(first, 0, method.weight(state.params, view)),
         )
 
@@ -380,6 +379,26 @@ def run(
     return attack.result(end)
 
 
+def admission(
+    x: Float[Array, "*shape"], label: Int[Array, ""], classes: int, box: Box
+) -> Int[Array, ""]:
+    """`RUNNING`, or the `Status` of data that no attack can begin with."""
+    lower, upper = map(jnp.asarray, box)
+    return jnp.select(
+        [
+            ~jnp.all((lower <= upper) & (lower < jnp.inf) & (upper > -jnp.inf)),
+            ~jnp.all(jnp.isfinite(x)),
+            (label < 0) | (label >= classes),
+        ],
+        [
+            jnp.int32(Status.EMPTY_BOX),
+            jnp.int32(Status.NONFINITE),
+            jnp.int32(Status.INVALID_TARGET),
+        ],
+        jnp.int32(Status.RUNNING),
+    )
+
+
 def constant(
     logits_fn: LogitsFn, x: Float[Array, "*shape"], box: Box
 ) -> tuple[LogitsFn, Float[Array, "*shape"], Box]:
@@ -403,9 +422,9 @@ def _resolution(logits: Float[Array, " classes"], dtype: Any) -> Float[Array, ""
     return share * jnp.maximum(spread, 0)
 
 
-def _better(old: _Candidate, new: _Candidate) -> _Candidate:
-    higher = new.level > old.level
-    return _where(higher | ((new.level == old.level) & (new.merit > old.merit)), new, old)
+def _better(old: _Candidate, new: _Candidate, running: Bool[Array, ""]) -> _Candidate:
+    higher = (new.level > old.level) | ((new.level == old.level) & (new.merit > old.merit))
+    return _where(running & higher, new, old)
 
 
 def _where(condition: Bool[Array, ""], new: T, old: T) -> T:

@@ -156,38 +156,33 @@ def lbfgs_machine(
             expansion=number(math.log(_EXPANSION)),
         )
 
-    def objective(search: _Search, r, logits, target):
+    def other(search: _Search, logits, target):
         # Divided by c, which moves no minimiser and keeps the penalty's curvature the same for
         # every c: the scale that the solver starts from.
-        return penalty(r) + loss(logits, target) / jnp.exp(search.log_c)
+        return loss(logits, target) / jnp.exp(search.log_c)
 
-    def change_c(search: _Search, view: View, log_c: Float[Array, ""], **verdict) -> Verdict:
-        """Move on to another c: the objective there follows from its two parts at the old one."""
-        size, size_grad = jax.value_and_grad(penalty)(view.r)
-        ratio = jnp.exp(search.log_c - log_c)
+    def change_c(search: _Search, log_c: Float[Array, ""], **verdict) -> Verdict:
         return Verdict(
-            params=search._replace(log_c=log_c),
-            value=size + ratio * (view.value - size),
-            grad=size_grad + ratio * (view.grad - size_grad),
-            **verdict,
+            params=search._replace(log_c=log_c), ratio=jnp.exp(search.log_c - log_c), **verdict
         )
 
     def first(search: _Search, view: View) -> Verdict:
         """Guess c where the penalty of the r that a linear loss needs balances the loss."""
         clean_loss = jnp.abs(loss(view.logits, view.target))
-        slope = view.grad - jax.grad(penalty)(view.r)  # of the loss, as c is 1
+        slope = view.grad - view.size_grad  # of the loss, as c is 1
         square = losses.squared_l2(slope)
-        needed = penalty(slope * clean_loss / jnp.where(square > 0, square, 1))
+        needed = penalty(
+            (slope * clean_loss / jnp.where(square > 0, square, 1)).reshape(view.shape)
+        )
         usable = (square > 0) & (needed > 0)
         guess = jnp.where(usable, _FIRST_SHARE * clean_loss / jnp.where(usable, needed, 1), 1)
         log_c = jnp.log(guess)
         search = search._replace(first_log_c=log_c, clean_margin=view.margin)
-        return change_c(search, view, log_c, finished=jnp.bool_(False), exhausted=~usable)
+        return change_c(search, log_c, finished=jnp.bool_(False), exhausted=~usable)
 
     def solved(search: _Search, view: View) -> Verdict:
         """Narrow the bracket by this c, and choose the next by the margins at its ends."""
         side = jnp.where(view.reached, 1, -1)
-        size = penalty(view.r)
         slack = rtol * jnp.abs(search.clean_margin - view.goal)
 
         def at(end, new, old):
@@ -199,8 +194,8 @@ def lbfgs_machine(
             missed=at(miss, search.log_c, search.missed),
             reached_margin=at(hit, view.margin, search.reached_margin),
             missed_margin=at(miss, view.margin, search.missed_margin),
-            reached_size=at(hit, size, search.reached_size),
-            missed_size=at(miss, size, search.missed_size),
+            reached_size=at(hit, view.size, search.reached_size),
+            missed_size=at(miss, view.size, search.missed_size),
         )
         bracketed = jnp.isfinite(search.reached) & jnp.isfinite(search.missed)
 
@@ -232,7 +227,6 @@ def lbfgs_machine(
         )
         return change_c(
             search,
-            view,
             log_c,
             finished=finished,
             exhausted=jnp.abs(log_c - search.first_log_c) > _RANGE,
@@ -240,8 +234,8 @@ def lbfgs_machine(
 
     method = Method(
         init=init,
-        objective=objective,
         size=penalty,
+        other=other,
         tolerance=lambda search: jnp.full_like(search.log_c, tol),
         weight=lambda search, view: jnp.exp(search.log_c),
         first=first,

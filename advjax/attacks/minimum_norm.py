@@ -115,15 +115,13 @@ def minimum_norm_machine(
             goal=number(confidence or 0),
         )
 
-    def objective(params: _Multipliers, r, logits, target):
-        estimates = _estimates(params, logits, target)
-        return _half_square(r) + losses.squared_l2(estimates) / (2 * params.penalty)
+    def other(params: _Multipliers, logits, target):
+        return losses.squared_l2(_estimates(params, logits, target)) / (2 * params.penalty)
 
     def first(params: _Multipliers, view: View) -> Verdict:
         """Scale the penalty by the gradient just seen, linear in it while the multipliers are 0."""
-        size, pull = _half_square(view.r), view.grad - view.r
-        excess = view.value - size  # half the squared violation
-        square = losses.squared_l2(pull)
+        excess = view.value - view.size  # half the squared violation
+        square = losses.squared_l2(view.grad - view.size_grad)
         usable = square > 0
         penalty = jnp.where(usable, _FIRST_PENALTY * 2 * excess / jnp.where(usable, square, 1), 1)
         params = params._replace(
@@ -133,8 +131,7 @@ def minimum_norm_machine(
         )
         return Verdict(
             params=params,
-            value=objective(params, view.r, view.logits, view.target),
-            grad=view.r + penalty * pull,
+            ratio=penalty,
             finished=jnp.bool_(False),
             exhausted=~usable,
         )
@@ -148,7 +145,7 @@ def minimum_norm_machine(
         penalty = jnp.where(slow, _PENALTY_GROWTH * params.penalty, params.penalty)
 
         # In the convex case these two bound by how much the half square exceeds the least one.
-        square = losses.squared_l2(view.r)
+        square = 2 * view.size
         slack = jnp.abs(_constraints(params, view.logits, view.target))
         gap = jnp.sum(jnp.where(estimates > 0, estimates * slack, 0))
         finished = (
@@ -164,16 +161,15 @@ def minimum_norm_machine(
         )
         return Verdict(
             params=params,
-            value=jnp.full_like(view.value, jnp.inf),
-            grad=jnp.zeros_like(view.grad),
+            ratio=jnp.full_like(penalty, jnp.inf),
             finished=finished,
             exhausted=penalty > params.penalty_limit,
         )
 
     method = Method(
         init=init,
-        objective=objective,
         size=_half_square,
+        other=other,
         tolerance=lambda params: params.tolerance,
         weight=lambda params, view: jnp.sum(_estimates(params, view.logits, view.target)),
         first=first,

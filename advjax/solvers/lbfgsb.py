@@ -23,6 +23,7 @@ from advjax.solvers.base import (
 )
 from advjax.types import Box
 
+_HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would multiply in half precision
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant (Nocedal and Wright, 2006, section 3.1)
 _SHRINK = (0.1, 0.5)  # by how much a rejected step may be shortened
 _GROWTH = 4.0  # of the step along a direction without positive curvature
@@ -31,10 +32,14 @@ _MAX_IDLE = 5  # accepted steps in a row that gain no more than rounding
 
 
 class _Memory(NamedTuple):
-    """The newest pair stands first; pairs not yet filled are 0 and drop out of every sum."""
+    """Pairs of steps and gradient changes, in a ring: the k-th ever is in slot k modulo memory."""
 
-    steps: Float[Array, "memory *shape"]
-    grad_changes: Float[Array, "memory *shape"]
+    history: Float[Array, "2*memory size"]
+    """The steps, one a row, and below them the gradient changes."""
+    rounding: Float[Array, " memory"]
+    """Of each pair: what the inner product of the two must exceed to be more than rounding."""
+    num_pairs: Int[Array, ""]
+    """How many there were since the last were forgotten."""
     step_size: Float[Array, ""]
     rejections: Int[Array, ""]
     idle: Int[Array, ""]
@@ -65,8 +70,14 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
     first_step = checks.number("first_step", first_step, minimum=0, exclusive=True)
 
     def init(value_and_grad: ValueAndGrad, x0: Float[Array, "*shape"], box: Box) -> SolverState:
-        pairs = jnp.zeros((memory, *x0.shape), x0.dtype)
-        start = _Memory(pairs, pairs, jnp.ones((), x0.dtype), jnp.int32(0), jnp.int32(0))
+        start = _Memory(
+            history=jnp.zeros((2 * memory, x0.size), x0.dtype),
+            rounding=jnp.zeros(memory, x0.dtype),
+            num_pairs=jnp.int32(0),
+            step_size=jnp.ones((), x0.dtype),
+            rejections=jnp.int32(0),
+            idle=jnp.int32(0),
+        )
         return initial_state(value_and_grad, x0, box, start)
 
     def step(value_and_grad: ValueAndGrad, state: SolverState, box: Box) -> SolverState:
@@ -101,14 +112,7 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
 
         rejections = jnp.where(accepted, 0, old.rejections + 1)
         exhausted = rejections > _MAX_REJECTIONS
-        remembers = jnp.any(old.steps[0] != 0)
-        pairs = _remember(
-            old,
-            moved,
-            change,
-            keep=accepted,
-            forget=exhausted,
-        )
+        pairs = _remember(old, moved, change, keep=accepted, forget=exhausted)
         gained = decrease > rounding
         idle = jnp.where(accepted, jnp.where(gained, 0, idle + 1), idle)
         x, grad = choose((trial, grad), (state.x, state.grad))
@@ -118,7 +122,7 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
             [
                 unevaluated & ~finite,
                 error <= tol,
-                (exhausted & ~remembers) | (idle >= _MAX_IDLE),
+                (exhausted & (old.num_pairs == 0)) | (idle >= _MAX_IDLE),
             ],
             [jnp.int32(Status.NONFINITE), jnp.int32(Status.CONVERGED), jnp.int32(Status.STALLED)],
             jnp.int32(Status.RUNNING),
@@ -155,40 +159,70 @@ def _direction(
 ) -> Float[Array, "*shape"]:
     """Minus the inverse Hessian times the gradient, on the free coordinates; 0 on the others.
 
-    The two-loop recursion (Nocedal and Wright, algorithm 7.4) with each pair cut to the free
-    coordinates, and a pair whose curvature is not positive there left out. All its vectors are
-    combinations of the gradient and the pairs, so that it runs on their coefficients once the inner
-    products are known: two passes over the history instead of six.
+    The two-loop recursion with each pair cut to the free coordinates, and a pair whose curvature is
+    not positive there left out. All its vectors are combinations of the gradient and the pairs, so
+    that it runs on their coefficients once the inner products are known.
     """
     at_lower, at_upper = x <= box.lower, x >= box.upper
     free = ~((at_lower & (grad > 0)) | (at_upper & (grad < 0)))
-    size = len(memory.steps)
-    vectors = jnp.concatenate([memory.steps, memory.grad_changes, grad[None]])
-    basis = jnp.where(free, vectors, 0).reshape(2 * size + 1, x.size)
-    products = jnp.matmul(basis, basis.T, precision=jax.lax.Precision.HIGHEST)
-    s, y, g = range(size), range(size, 2 * size), 2 * size
+    flat_grad, flat_free = jnp.ravel(grad), jnp.ravel(free)
+    size = len(memory.rounding)
+    # With one factor of each product cut to the free coordinates, the other may stay as it is. One
+    # product of matrices instead takes XLA's CPU backend twice as long, for shapes like these.
+    products = jnp.stack(
+        [
+            jnp.matmul(memory.history, jnp.where(flat_free, vector, 0), precision=_HIGHEST)
+            for vector in (*memory.history[size:], flat_grad)
+        ]
+    )
 
-    scale = jnp.full((), first_step, x.dtype)
-    q = jnp.zeros(2 * size + 1, x.dtype).at[g].set(1)
-    rhos, alphas = [], []
-    for i in range(size):  # newest first
-        sy, yy = products[s[i], y[i]], products[y[i], y[i]]
-        usable = sy > jnp.finfo(x.dtype).eps * jnp.sqrt(yy * products[s[i], s[i]])
-        rho = jnp.where(usable, 1 / jnp.where(usable, sy, 1), 0)
-        if i == 0:
-            scale = jnp.where(usable, sy / jnp.where(usable, yy, 1), scale)
-        alpha = rho * jnp.sum(products[s[i]] * q)
-        q = q.at[y[i]].add(-alpha)
-        rhos.append(rho)
-        alphas.append(alpha)
-    q = scale * q
-    for i in reversed(range(size)):
-        beta = rhos[i] * jnp.sum(products[y[i]] * q)
-        q = q.at[s[i]].add(alphas[i] - beta)
+    ages = jnp.arange(size)
+    slots = (memory.num_pairs - 1 - ages) % size  # newest first
+    rows = jnp.append(slots, size + slots)
+    products = products[jnp.append(slots, size)][:, rows]
+    usable = (ages < memory.num_pairs) & (jnp.diagonal(products[:size]) > memory.rounding[slots])
+    of_pairs, of_grad = _two_loop_recursion(products, usable, first_step)
 
-    r = jnp.matmul(q, basis, precision=jax.lax.Precision.HIGHEST).reshape(x.shape)
+    weights = jnp.zeros(2 * size, x.dtype).at[rows].set(of_pairs)
+    r = jnp.matmul(weights, memory.history, precision=_HIGHEST) + of_grad * flat_grad
+    r = jnp.where(free, r.reshape(x.shape), 0)
     # A free coordinate on its bound that the recursion would push outwards cannot move.
     return jnp.where((at_lower & (r > 0)) | (at_upper & (r < 0)), 0, -r)
+
+
+def _two_loop_recursion(
+    products: Float[Array, "memory+1 2*memory"], usable: Bool[Array, " memory"], first_step: float
+) -> tuple[Float[Array, " 2*memory"], Float[Array, ""]]:
+    """The inverse Hessian times the gradient g, as coefficients of the pairs and of g.
+
+    Nocedal and Wright (2006), algorithm 7.4, on scalars, which XLA fuses.
+
+    Args:
+        products: Of the gradient changes y and, in the last row, of g, with the steps s and then
+            with the changes; newest first.
+        usable: Whether to take a pair.
+        first_step: The inverse Hessian while there is no pair, times the identity.
+
+    Returns:
+        The coefficients of the steps, followed by those of the changes; that of g.
+    """
+    size = len(usable)
+    ys, yy = products[:size, :size], products[:size, size:]
+    gs, gy = products[size, :size], products[size, size:]
+    rhos = jnp.where(usable, 1 / jnp.where(usable, jnp.diagonal(ys), 1), 0)
+    newest = usable[0]
+    scale = jnp.where(newest, ys[0, 0] / jnp.where(newest, yy[0, 0], 1), first_step)
+
+    alphas: list[Array] = []
+    for i in range(size):
+        q_s = gs[i] - sum(alphas[j] * ys[j, i] for j in range(i))
+        alphas.append(rhos[i] * q_s)
+    of_steps = alphas.copy()
+    for i in reversed(range(size)):
+        r_y = scale * (gy[i] - sum(alphas[j] * yy[j, i] for j in range(size)))
+        r_y += sum(of_steps[j] * ys[i, j] for j in range(i + 1, size))
+        of_steps[i] -= rhos[i] * r_y
+    return jnp.stack([*of_steps, *(-scale * alpha for alpha in alphas)]), scale
 
 
 def _remember(
@@ -199,19 +233,16 @@ def _remember(
     keep: Bool[Array, ""],
     forget: Bool[Array, ""],
 ) -> _Memory:
-    """Put the newest pair first where its curvature is positive; forget all where asked to.
-
-    Shifting instead of a ring pointer: under `vmap` a pointer of each lane would turn every read
-    into a gather, and the write costs a pass over the whole history either way.
-    """
+    """Put the pair in the oldest one's place if its curvature is positive; or forget them all."""
     keep = keep & (jnp.vdot(step, grad_change) > 0)
-
-    def push(new, old):
-        shifted = jnp.concatenate([new[None], old[:-1]])
-        return jnp.where(forget, 0, jnp.where(keep, shifted, old))
-
+    size = len(memory.rounding)
+    slot = jnp.where(keep, memory.num_pairs % size, 2 * size)  # beyond the end: dropped
+    s, y = jnp.ravel(step), jnp.ravel(grad_change)
+    rounding = jnp.finfo(step.dtype).eps * jnp.linalg.norm(s) * jnp.linalg.norm(y)
     return memory._replace(
-        steps=push(step, memory.steps), grad_changes=push(grad_change, memory.grad_changes)
+        history=memory.history.at[slot].set(s, mode="drop").at[size + slot].set(y, mode="drop"),
+        rounding=memory.rounding.at[slot].set(rounding, mode="drop"),
+        num_pairs=jnp.where(forget, 0, memory.num_pairs + keep),
     )
 
 
