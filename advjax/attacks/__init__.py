@@ -1,6 +1,7 @@
 """Minimum-distortion attacks: pure functions of one image, flat under `jax.vmap`."""
 
 from advjax.attacks.base import AttackResult, Machine, Status
+from advjax.attacks.fgsm import fgsm
 from advjax.attacks.lbfgs import lbfgs, lbfgs_machine
 from advjax.attacks.minimum_norm import minimum_norm, minimum_norm_machine
 from advjax.attacks.untargeted import untargeted
@@ -9,6 +10,7 @@ __all__ = [
     "AttackResult",
     "Machine",
     "Status",
+    "fgsm",
     "lbfgs",
     "lbfgs_machine",
     "minimum_norm",
