@@ -4,7 +4,19 @@ An implementation of "Intriguing properties of neural networks" (Szegedy et al.,
 arXiv:1312.6199).
 """
 
-from advjax import attacks, data, losses, metrics, models, plots, solvers, training
+from advjax import (
+    attacks,
+    data,
+    losses,
+    metrics,
+    models,
+    plots,
+    runner,
+    solvers,
+    training,
+    transfer,
+    units,
+)
 from advjax.types import Box, LogitsFn
 
 __all__ = [
@@ -16,6 +28,9 @@ __all__ = [
     "metrics",
     "models",
     "plots",
+    "runner",
     "solvers",
     "training",
+    "transfer",
+    "units",
 ]

@@ -9,13 +9,14 @@ Expected: the nets read none of the images distorted for them, and far more of t
 people can hardly read.
 """
 
+import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from advjax import attacks, metrics, plots
-from experiments import attacking, nets, paper, report
+from advjax import attacks, metrics, plots, runner
+from experiments import nets, paper, report
 
 NETS = ("FC10(1e-4)", "FC200-200-10")
 NOISE = 1.0
@@ -53,9 +54,8 @@ def main(
         net = nets.load_or_train(
             name, train.images, train.labels, key=net_key, steps=300 if quick else None
         )
-        result, _ = attacking.attack_images(
-            attacks.lbfgs, net.logits_fn, xs, targets, title=f"{name}: lbfgs"
-        )
+        attack = functools.partial(attacks.lbfgs, net.logits_fn)
+        result = runner.attack_images(attack, xs, targets, progress=f"{name}: lbfgs")
         row: report.Row = {
             "net": name,
             "distortion": float(result.distortion.mean()),

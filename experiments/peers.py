@@ -1,4 +1,4 @@
-"""The attack as others run it, to compare with: SciPy's L-BFGS-B, one image at a time."""
+"""What a way of attacking is; and the paper's with SciPy's L-BFGS-B, one image at a time."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +10,25 @@ from scipy import optimize
 
 from advjax import losses
 from advjax.types import LogitsFn
+
+
+class Outcome(NamedTuple):
+    """What one way of attacking came to: arrays with an entry for each image."""
+
+    x_adv: np.ndarray
+    success: np.ndarray
+    """By its own report."""
+    num_evals: np.ndarray
+    seconds: float
+    """An image, without compiling."""
+
+
+class Way(NamedTuple):
+    """A way of attacking the images, from the first one on."""
+
+    name: str
+    by: str
+    run: Callable[[], Outcome]
 
 
 class PeerResult(NamedTuple):

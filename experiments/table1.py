@@ -10,14 +10,15 @@ distortion for FC10(1e-4) and FC10(1e-2), a smaller one for FC10(1), 0.01 more f
 and `minimum_norm` 1 to 4 % below `lbfgs`, for FC10(1) 14 %.
 """
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from advjax import attacks, metrics
-from experiments import attacking, nets, paper, report
+from advjax import attacks, metrics, runner
+from experiments import nets, paper, report
 
 NETS = ("FC10(1e-4)", "FC10(1e-2)", "FC10(1)", "FC100-100-10", "FC200-200-10")
 ATTACKS = (attacks.lbfgs, attacks.minimum_norm)
@@ -61,7 +62,8 @@ def main(
         }
         for attack in ATTACKS:
             title = f"{name}: {attack.__name__}"
-            result, _ = attacking.attack_images(attack, net.logits_fn, xs, targets, title=title)
+            attack_net = functools.partial(attack, net.logits_fn)
+            result = runner.attack_images(attack_net, xs, targets, progress=title)
             row["attacks"][attack.__name__] = {
                 "distortion": float(result.distortion.mean()),
                 "interval": report.bootstrap(bootstrap_key, result.distortion),

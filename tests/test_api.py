@@ -7,7 +7,19 @@ import pytest
 
 import advjax
 
-MODULES = ("attacks", "data", "losses", "metrics", "models", "plots", "solvers", "training")
+MODULES = (
+    "attacks",
+    "data",
+    "losses",
+    "metrics",
+    "models",
+    "plots",
+    "runner",
+    "solvers",
+    "training",
+    "transfer",
+    "units",
+)
 
 
 def public_names(module):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from advjax import attacks, data, models
+from advjax import data, models
 from experiments import __main__ as command
-from experiments import attacking, figure7, nets, paper, quickstart, report, table1
+from experiments import (
+    attack,
+    benchmark,
+    figure7,
+    nets,
+    paper,
+    quickstart,
+    report,
+    table1,
+)
+from experiments.peers import Outcome, Way
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +69,6 @@ def test_quickstart_trains_attacks_draws_and_saves(tmp_path, capsys):
         assert 0.03 < row["median_distortion"] < 0.12
         assert 10 < row["evaluations"] < 100
         assert row["noise_error"] < 0.1
-        assert row["images_per_second"] > 0
     assert minimum_norm["mean_distortion"] <= 1.001 * lbfgs["mean_distortion"]
 
     with Image.open(paths["png"]) as figure:
@@ -100,6 +110,89 @@ def test_figure7_draws_three_panels_and_reads_noise_better_than_attacks(tmp_path
         assert 700 <= figure.width <= 1000
 
 
+def test_attack_goes_on_where_it_was_stopped(tmp_path, capsys):
+    attack.main(quick=True, out=tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("100.00 %") == 2
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.npz")}
+    for path in (tmp_path / "lbfgs").glob("*.npz"):
+        path.unlink()
+    attack.main(quick=True, out=tmp_path)
+    assert capsys.readouterr().out.splitlines()[-8:] == printed.splitlines()[-8:]
+    assert sorted(path.name for path in before) == ["lbfgs.npz", "minimum_norm.npz"]
+    with np.load(tmp_path / "minimum_norm.npz") as results:
+        assert results["success"].shape == results["targets"].shape == (64,)
+        assert results["x_adv"].shape == (64, 28, 28, 1)
+
+
+def test_benchmark_lays_ours_beside_other_solvers(tmp_path, capsys):
+    numbers, printed = run(benchmark.main, tmp_path, capsys)
+    rows = numbers["rows"]
+    assert benchmark.table(rows) in printed
+    assert [row["by"] for row in rows] == ["advjax"] * 3 + ["jaxopt"] * 2 + ["SciPy"]
+    assert [row["images"] for row in rows] == [8, 8, 8, 2, 2, 2]
+    for row in rows:
+        assert row["success"] == row["success_in_float64"] == 1
+        assert 0.03 < row["distortion"] < 0.12
+        assert row["evaluations"] > 10
+        assert row["seconds_over_gradients"] > 1
+    assert rows[0]["gap"] <= 1e-3
+    assert all(0 <= row["gap"] < 0.03 for row in rows)
+    with Image.open(tmp_path / "benchmark.png") as figure:
+        assert 900 <= figure.width <= 1000
+
+
+@pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")  # in what foolbox imports
+def test_benchmark_adds_the_fields_attacks(tmp_path):
+    for name in ("foolbox", "numba"):
+        pytest.importorskip(name, reason=f"{name} is not here: pip install 'advjax[peers]'")
+    benchmark.main(peers=True, quick=True, out=tmp_path)
+    saved = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    rows = {row["attack"]: row for row in saved if row["by"] == "foolbox"}
+    assert list(rows) == ["Carlini-Wagner 9 x 10", "Brendel-Bethge 10", "DDN 10"]
+    assert 9 * 2 <= rows["Carlini-Wagner 9 x 10"]["evaluations"] <= 9 * 10, "it may stop early"
+    assert rows["Brendel-Bethge 10"]["evaluations"] == rows["DDN 10"]["evaluations"] == 10
+    assert rows["Brendel-Bethge 10"]["success"] == 1, "it starts from an image of the target class"
+    assert rows["Brendel-Bethge 10"]["gap"] > 0
+
+
+def test_without_foolbox_the_benchmark_says_what_to_install_before_it_starts(monkeypatch):
+    monkeypatch.setitem(sys.modules, "foolbox", None)
+    with pytest.raises(SystemExit, match=r"foolbox.*pip install 'advjax\[peers\]'"):
+        benchmark.main(quick=True, peers=True)
+
+
+def test_the_gap_is_to_the_nearest_of_all_that_were_found_for_an_image():
+    def logits(threshold, x):
+        return jnp.stack([threshold, jnp.sum(x)])
+
+    def outcome(*sums, success):
+        n = len(sums)
+        x_adv = np.repeat(np.array(sums, np.float32)[:, None] / 4, 4, axis=1)
+        return Outcome(x_adv, np.array(success), num_evals=np.full(n, 5), seconds=0.5)
+
+    net = nets.Net("threshold", SimpleNamespace(apply=logits), jnp.float32(1))
+    rows = benchmark.compare(
+        [
+            (Way("near", "a", None), outcome(1.2, 1.2, 0.9, success=[True, True, True])),
+            (Way("far", "b", None), outcome(2.4, 0, success=[True, False])),
+            (Way("never", "c", None), outcome(0, 0, success=[False, False])),
+        ],
+        net,
+        np.zeros((3, 4), np.float32),
+        np.ones(3, int),
+        gradient=0.05,
+    )
+    near, far, never = rows
+    assert [row["success"] for row in rows] == [1, 1 / 2, 0]
+    assert [row["success_in_float64"] for row in rows] == [pytest.approx(2 / 3), 1 / 2, 0]
+    assert near["distortion"] == pytest.approx(0.3)
+    assert [near["gap"], far["gap"]] == pytest.approx([0, 1])
+    assert never["distortion"] is never["gap"] is None
+    assert far["seconds_over_gradients"] == pytest.approx(2)
+    assert benchmark.table(rows).splitlines()[-1].split()[5:7] == ["-", "-"]
+
+
 # --- the command -----------------------------------------------------------------------------
 
 
@@ -135,33 +228,6 @@ def test_the_list_is_quick_and_needs_no_jax():
     )
     root = Path(command.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True)
-
-
-# --- batches ---------------------------------------------------------------------------------
-
-
-def instant_attack(logits_fn, x, target):
-    return attacks.AttackResult(
-        x_adv=2 * x,
-        success=target > 0,
-        distortion=jnp.mean(x),
-        weight=logits_fn(x)[0],
-        prediction=target,
-        status=jnp.int32(1),
-        num_evals=target + 1,
-    )
-
-
-@pytest.mark.parametrize("n", [5, 4, 3, 1])
-def test_batches_give_one_result_an_image_in_order(n, monkeypatch):
-    monkeypatch.setattr(attacking, "BATCH_SIZE", 4)
-    logits_fn = jax.tree_util.Partial(jnp.multiply, 3.0)
-    xs, targets = np.arange(2.0 * n, dtype=np.float32).reshape(n, 2), np.arange(n)
-    result, seconds = attacking.attack_images(instant_attack, logits_fn, xs, targets)
-    np.testing.assert_array_equal(result.x_adv, 2 * xs)
-    np.testing.assert_array_equal(result.weight, 3 * xs[:, 0])
-    np.testing.assert_array_equal(result.num_evals, targets + 1)
-    assert seconds > 0
 
 
 # --- the nets --------------------------------------------------------------------------------

@@ -1,6 +1,13 @@
 """Bounded minimisers, each one pure step, and the loop that runs one."""
 
-from advjax.solvers.base import Solver, SolverResult, SolverState, Status
+from advjax.solvers.base import (
+    Solver,
+    SolverResult,
+    SolverState,
+    Status,
+    initial_state,
+    projected_gradient_norm,
+)
 from advjax.solvers.jaxopt import jaxopt_lbfgsb
 from advjax.solvers.lbfgsb import lbfgsb
 from advjax.solvers.minimize import minimize
@@ -10,7 +17,9 @@ __all__ = [
     "SolverResult",
     "SolverState",
     "Status",
+    "initial_state",
     "jaxopt_lbfgsb",
     "lbfgsb",
     "minimize",
+    "projected_gradient_norm",
 ]

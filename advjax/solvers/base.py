@@ -102,7 +102,17 @@ class SolverResult(NamedTuple):
 def initial_state(
     value_and_grad: ValueAndGrad, x0: Float[Array, "*shape"], box: Box, memory: Any
 ) -> SolverState:
-    """The state before the first evaluation, for a solver's `init`."""
+    """The state before the first evaluation, for a solver's `init`.
+
+    Args:
+        value_and_grad: `x -> ((value, aux), grad)`, of which only the shapes are asked for.
+        x0: Where to start.
+        box: `(lower, upper)`; `x0` is moved into it.
+        memory: What the solver keeps for itself.
+
+    Returns:
+        A `SolverState` whose value is infinite, so that the first step evaluates `x0`.
+    """
     (_, aux), _ = jax.eval_shape(value_and_grad, x0)
     return SolverState(
         x=jnp.clip(x0, box.lower, box.upper),
@@ -126,7 +136,16 @@ def evaluate_again(state: SolverState) -> SolverState:
 def projected_gradient_norm(
     x: Float[Array, "*shape"], grad: Float[Array, "*shape"], box: Box
 ) -> Float[Array, ""]:
-    """`||clip(x - grad) - x||_2`: 0 where, and only where, `x` is stationary in the box."""
+    """How far a point is from being stationary in the box.
+
+    Args:
+        x: A point in the box.
+        grad: The objective's gradient there.
+        box: `(lower, upper)`.
+
+    Returns:
+        `||clip(x - grad) - x||_2`: 0 where, and only where, no direction into the box descends.
+    """
     # As a step rather than a point: next to a large x, x - grad would round a small grad away.
     step = jnp.clip(-grad, jnp.subtract(box.lower, x), jnp.subtract(box.upper, x))
     return jnp.linalg.norm(jnp.ravel(step))

@@ -1,0 +1,180 @@
+"""The entry point: attack any number of images."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int
+
+from advjax import checks
+from advjax.attacks import AttackResult, Machine
+from advjax.runner.checkpoint import Checkpoint, fingerprint
+from advjax.runner.lanes import Program, attack_in_lanes
+
+_CPU_BYTES = 4 << 20  # of the lanes' states: about what stays in a core's cache
+_MEMORY_SHARE = 1 / 8  # of an accelerator's memory; the model's own activations need theirs
+_BATCH_SIZES = (8, 512)  # the least and the most lanes by default
+_GATHER_BYTES = 64 << 20  # that processes exchange at a time
+
+
+def attack_images(
+    attack: Callable[..., AttackResult] | Machine,
+    xs: Float[ArrayLike, "n *shape"],
+    targets: Int[ArrayLike, " n"],
+    *,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    directory: str | os.PathLike | None = None,
+    progress: bool | str = False,
+) -> AttackResult:
+    """Attack any number of images, on every device there is.
+
+    One program of fixed shapes attacks a batch at a time, and an image that is finished makes room
+    for the next one, so that a slow image holds up nobody. What comes out for an image does not
+    depend on the batch size, the devices or its place, but for the rounding of matrix products.
+
+    Args:
+        attack: `functools.partial(attacks.minimum_norm, logits_fn)` or `attacks.lbfgs` likewise,
+            with any options; a `Machine`; or any other function `(x, target) -> AttackResult` that
+            can be jitted, which runs in plain batches. Arrays inside `functools.partial` or another
+            pytree, a net's parameters, are arguments of the compiled program: a second net of the
+            same shape does not compile again.
+        xs: The images, in memory or a `np.memmap`; the devices see a batch at a time.
+        targets: For each the class to reach (for `attacks.untargeted`: to leave).
+        batch_size: How many images each device has in work. By default as many as leave the
+            attack's state in a CPU's cache, or within an eighth of an accelerator's memory, between
+            8 and 512: take fewer where a large model's activations need the memory.
+        mesh: The devices, all axes taken as one; by default all there are. Of several processes
+            (`jax.distributed`) each calls this with the same arguments, attacks an equal share of
+            the images on its own devices, and gets all the results.
+        directory: Where finished images are kept. A run that was killed at any moment continues
+            there when it is called again, having lost a second's work at most; the batch size and
+            the devices may be others. Several processes share one directory.
+        progress: Show a bar with images a second and the time left (needs tqdm); a string is its
+            title.
+
+    Returns:
+        An `AttackResult` of NumPy arrays with a leading axis n, in the order of `xs`.
+
+    Raises:
+        TypeError: If `xs` is not floating, `targets` not integers, or `mesh` no mesh.
+        ValueError: If the two differ in length, `batch_size` is not a positive integer, `mesh` has
+            no device of this process, or `directory` holds another run; the message tells in what
+            it differs.
+        OSError: If `directory` cannot be written. What it holds by then counts for the next call.
+    """
+    xs, targets = _examples(xs, targets)
+    devices = _local_devices(mesh)
+    program = Program.of(attack)
+    lane_bytes, results = _shapes(program, xs)
+    share = np.arange(len(xs))[jax.process_index() :: jax.process_count()]
+    if batch_size is None:
+        batch_size = _default_batch_size(lane_bytes, devices[0])
+    batch_size = checks.positive_int("batch_size", batch_size)
+    batch_size = max(1, min(batch_size, -(-len(share) // len(devices))))
+
+    with contextlib.ExitStack() as stack:
+        queue, add = share, None
+        if directory is not None:
+            run = fingerprint(attack, program, xs, targets)
+            checkpoint = stack.enter_context(Checkpoint(Path(directory), run))
+            queue, add = np.setdiff1d(share, checkpoint.restore(results)), checkpoint.add
+        bar = None
+        if progress:
+            bar = stack.enter_context(_bar(progress, len(share), len(queue)))
+        for images, finished in attack_in_lanes(
+            program, xs, targets, queue, devices=devices, batch_size=batch_size
+        ):
+            for field, values in zip(results, finished, strict=True):
+                field[images] = values
+            if add is not None:
+                add(images, finished)
+            if bar is not None:
+                bar.update(len(images))
+    return _gather(results)
+
+
+def _examples(xs: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    xs, targets = np.asanyarray(xs), np.asarray(targets)
+    if targets.ndim != 1 or targets.shape != xs.shape[:1]:
+        raise ValueError(
+            f"targets: shape {targets.shape}, expected one class for each of the images along the "
+            f"leading axis of xs, whose shape is {xs.shape}."
+        )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(f"targets: dtype {targets.dtype}, expected integer class indices.")
+    checks.floating("xs", xs[:0])
+    return xs, targets
+
+
+def _local_devices(mesh: Mesh | None) -> list[jax.Device]:
+    if not isinstance(mesh, Mesh | None):
+        raise TypeError(f"mesh: {mesh!r}, expected a jax.sharding.Mesh, as jax.make_mesh makes.")
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    if not local:
+        raise ValueError(
+            f"mesh: {mesh}, expected devices of every process; process {jax.process_index()} has "
+            "none in it."
+        )
+    return local
+
+
+def _shapes(program: Program, xs: np.ndarray) -> tuple[int, AttackResult]:
+    """The bytes of one lane's state, and the results of all images, yet 0."""
+
+    def states(arrays, x, target):
+        machine = program._replace(arrays=arrays).machine()
+        state = machine.init(x, target)
+        return state, machine.result(state)
+
+    example = jax.ShapeDtypeStruct(xs.shape[1:], jax.dtypes.canonicalize_dtype(xs.dtype))
+    target = jax.ShapeDtypeStruct((), np.int32)
+    state, result = jax.eval_shape(states, program.arrays, example, target)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return size, jax.tree.map(lambda leaf: np.zeros((len(xs), *leaf.shape), leaf.dtype), result)
+
+
+def _default_batch_size(lane_bytes: int, device: jax.Device) -> int:
+    budget = _CPU_BYTES
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        budget = int(_MEMORY_SHARE * stats.get("bytes_limit", 8 << 30))
+    return int(np.clip(budget // lane_bytes, *_BATCH_SIZES))
+
+
+def _bar(title: bool | str, total: int, remaining: int):
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "progress: True needs tqdm; pip install 'advjax[experiments]' or pass progress=False."
+        ) from error
+    desc = title if isinstance(title, str) else None
+    return tqdm(desc=desc, total=total, initial=total - remaining, unit="image")
+
+
+def _gather(results: AttackResult) -> AttackResult:
+    """The results of all processes, each of which has filled in its own share."""
+    processes, n = jax.process_count(), len(results.success)
+    if processes == 1:
+        return results
+    rows = -(-n // processes)
+    step = max(1, _GATHER_BYTES // max(1, results.x_adv[:1].nbytes))
+    for start in range(0, rows, step):
+        row = np.arange(start, min(start + step, rows))
+        mine = np.minimum(row * processes + jax.process_index(), n - 1)
+        some = AttackResult(*(field[mine] for field in results))
+        blocks = multihost_utils.process_allgather(some)
+        for field, block in zip(results, blocks, strict=True):
+            in_order = np.swapaxes(block, 0, 1).reshape(-1, *field.shape[1:])
+            place = slice(start * processes, min((start + step) * processes, n))
+            field[place] = in_order[: place.stop - place.start]
+    return results
