@@ -20,7 +20,9 @@ from advjax import attacks
 from advjax.attacks import AttackResult, Machine
 
 AXIS = "images"  # the one axis of the mesh
-TURNOVER = 6
+TURNOVER = 6  # a turn waits for one lane in so many; half as many are idle on average
+
+_ARRAY = object()  # stands where an array was
 
 _MACHINES: dict[Callable, Callable[..., Machine]] = {
     attacks.lbfgs: attacks.lbfgs_machine,
@@ -33,25 +35,22 @@ class Program(NamedTuple):
 
     static: Any
     """What the compiled program depends on: functions, options, the structure."""
-    arrays: list[Array]
+    arrays: list[Array | np.ndarray]
     """What it takes as arguments: parameters, array-valued bounds."""
 
     @classmethod
     def of(cls, attack: Callable[..., AttackResult] | Machine) -> "Program":
         """Takes the arrays out of an attack; `functools.partial` is looked into."""
         leaves, structure = jax.tree.flatten(_as_pytree(attack))
-        is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
-        rest = [None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
-        arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
-        return cls((structure, tuple(is_array), tuple(rest)), arrays)
+        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
+        rest = [_ARRAY if isinstance(leaf, jax.Array | np.ndarray) else leaf for leaf in leaves]
+        return cls((structure, tuple(rest)), arrays)
 
     def machine(self) -> Machine:
         """The flat machine of the attack, or one whose only step is the whole attack."""
-        structure, is_array, rest = self.static
+        structure, rest = self.static
         arrays = iter(self.arrays)
-        leaves = [
-            next(arrays) if array else leaf for leaf, array in zip(rest, is_array, strict=True)
-        ]
+        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in rest]
         attack = jax.tree.unflatten(structure, leaves)
         if isinstance(attack, Machine):
             return attack
