@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-EXPERIMENTS = ("quickstart", "attack", "table1", "figure7", "benchmark")
+EXPERIMENTS = ("quickstart", "attack", "table1", "figure7", "benchmark", "throughput")
 
 
 def overview() -> str:

@@ -1,10 +1,9 @@
 """Ours against the field: gap, evaluations, time (figure; 2 min; MNIST or a sample).
 
 Every way of attacking takes the same images of the same net to the same targets, in one run: both
-of our attacks, in lanes that are refilled, and one of them in fixed batches; the paper's with
-jaxopt's L-BFGS-B as the solver, guarded, in one batch and one image at a time; a SciPy loop that
-bisects c; and with `--peers`, 20 minutes more, foolbox's Carlini-Wagner, Brendel-Bethge and DDN.
-Compilation is left out.
+of our attacks; the paper's with jaxopt's L-BFGS-B as the solver, guarded, in one batch and one
+image at a time; a SciPy loop that bisects c; and with `--peers`, 20 minutes more, foolbox's
+Carlini-Wagner, Brendel-Bethge and DDN. Compilation is left out.
 
 "In float64": the images that are adversarial still when the net is evaluated in float64; those of
 Brendel-Bethge lie on the boundary to the last digit of float32. The gap is the mean excess over the
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 100  # of the gradients that time is set beside
 ONE_BY_ONE = "lbfgs, jaxopt, one by one"
-FIXED_BATCHES = "minimum_norm, fixed batches"
-NOT_DRAWN = (ONE_BY_ONE, FIXED_BATCHES)  # as they are at the points of their like
 # In the figure: the colour, and where the label stands.
 _LEFT = {"xytext": (-7, 0), "ha": "right", "va": "center"}
 _RIGHT = {"xytext": (7, 0), "ha": "left", "va": "center"}
@@ -126,16 +123,11 @@ def main(
 
 
 def our_ways(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
-    """Both of our attacks, and one of them such that a batch waits for its slowest image."""
-
-    def opaque(*args):  # what the runner does not know to be a flat machine
-        return attacks.minimum_norm(*args)
-
+    """Both of our attacks."""
     given = net.logits_fn, xs, targets
     return [
         Way("minimum_norm", "advjax", lambda: many(attacks.minimum_norm, *given)),
         Way("lbfgs", "advjax", lambda: many(attacks.lbfgs, *given)),
-        Way(FIXED_BATCHES, "advjax", lambda: many(opaque, *given)),
     ]
 
 
@@ -334,7 +326,7 @@ def draw(rows: Sequence[report.Row], *, title: str) -> "Figure":
         ylabel="distortion above the best known, %",
     )
     for row in rows:
-        if row["success"] < 1 or row["attack"] in NOT_DRAWN:
+        if row["success"] < 1 or row["attack"] == ONE_BY_ONE:  # at the point of its batch
             continue
         color, label = LOOKS[row["by"]]
         point = row["evaluations"], 100 * row["gap"]
