@@ -5,8 +5,15 @@ printed lambdas. For the sigmoid networks the printed lambdas, 1e-5, 1e-5 and 1e
 tenfold, which comes nearer to their test errors, though not to their distortions: FC100-100-10 has
 1.74 % and 0.069 with tenfold lambdas, 2.01 % and 0.060 with the printed ones (one seed each); the
 paper prints 1.64 % and 0.058.
+
+AE400-10 learns its code from the squared error of the reconstruction, weight decay and
+`training.sparsity`, and then the softmax on it with the printed lambda. The paper does not tell how
+its autoencoder was trained: this one has errors of 1.5 and 2.9 % and a distortion of 0.067 (one
+seed), the paper prints 0.57, 1.9 and 0.086. The ConvNet is not in the tables but in the figures of
+units, and the paper does not tell which one it took; ours has a test error of 0.9 %.
 """
 
+import functools
 import hashlib
 import math
 import warnings
@@ -17,8 +24,20 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from advjax import models, training
+from advjax import losses, models, training
 from advjax.data import cache
+
+
+class Pretraining(NamedTuple):
+    """How an autoencoder is trained, as in `Recipe`, before the softmax on its code."""
+
+    weight_decay: float
+    """Lambda of the encoder and of the decoder."""
+    share: float
+    """Of the images, on which a feature should be active: the target of `training.sparsity`."""
+    epochs: int
+    learning_rate: float = 3e-3
+    batch_size: int = 256
 
 
 class Recipe(NamedTuple):
@@ -31,6 +50,7 @@ class Recipe(NamedTuple):
     """On the full training set; a small one takes more, for `MIN_STEPS` steps."""
     learning_rate: float = 5e-3
     batch_size: int = 256
+    pretraining: Pretraining | None = None
 
 
 class Net(NamedTuple):
@@ -58,6 +78,15 @@ RECIPES: dict[str, Recipe] = {
     "FC100-100-10": Recipe(models.MLP((100, 100, 10)), _SIGMOID_DECAY, epochs=60),
     "FC200-200-10": Recipe(models.MLP((200, 200, 10)), _SIGMOID_DECAY, epochs=60),
     "FC123-456-10": Recipe(models.MLP((123, 456, 10)), _SIGMOID_DECAY, epochs=60),
+    "AE400-10": Recipe(
+        models.AutoencoderClassifier(),
+        (1e-6,),
+        epochs=30,
+        learning_rate=0.1,
+        batch_size=1024,
+        pretraining=Pretraining(weight_decay=8e-4, share=0.1, epochs=10),
+    ),
+    "ConvNet": Recipe(models.ConvNet(), (1e-4,) * 4, epochs=10, learning_rate=3e-3),
 }
 
 
@@ -86,24 +115,14 @@ def train(
     """
     recipe = _recipe(name)
     init_key, order_key = jax.random.split(key)
-    epochs = _epochs(recipe, len(images), steps)
-    epoch_steps = math.ceil(len(images) / min(recipe.batch_size, len(images)))
-    schedule = optax.cosine_decay_schedule(recipe.learning_rate, epochs * epoch_steps)
+    params = recipe.model.init(init_key, images[0])
     print(f"{name}: training on {len(images):,} images", flush=True)
-    fitted = training.fit(
-        recipe.model.apply,
-        recipe.model.init(init_key, images[0]),
-        images,
-        labels,
-        key=order_key,
-        penalty=training.weight_decay(recipe.weight_decay),
-        optimizer=optax.adam(schedule),
-        epochs=epochs,
-        patience=epochs,  # the schedule ends it
-        batch_size=recipe.batch_size,
-        progress=True,
-    )
-    return Net(name, recipe.model, fitted.params)
+    options: dict[str, Any] = {"key": order_key, "steps": steps}
+    if recipe.pretraining is None:
+        params = _fit_classifier(recipe, params, images, labels, **options)
+    else:
+        params = _fit_on_code(recipe, recipe.pretraining, params, images, labels, **options)
+    return Net(name, recipe.model, params)
 
 
 def load_or_train(
@@ -145,7 +164,84 @@ def _recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def _epochs(recipe: Recipe, n: int, steps: int | None) -> int:
+def _fit_classifier(
+    recipe: Recipe, params: PyTree[Array], images: Any, labels: Any, **options: Any
+) -> PyTree[Array]:
+    penalty = training.weight_decay(recipe.weight_decay)
+    return _fit(recipe, recipe.model.apply, params, images, labels, penalty=penalty, **options)
+
+
+def _fit_on_code(
+    recipe: Recipe,
+    pretraining: Pretraining,
+    params: PyTree[Array],
+    images: Any,
+    labels: Any,
+    *,
+    key: Key[Array, ""],
+    **options: Any,
+) -> PyTree[Array]:
+    """Trains the encoder and the decoder on the images, and then the softmax on the code."""
+    layers = functools.partial(recipe.model.apply, method="layers")
+
+    def loss(outputs: dict[str, Array], image: Array) -> Array:
+        error = losses.squared_l2(outputs["reconstruction"] - image)
+        return error + training.sparsity(outputs["code"], target=pretraining.share)
+
+    code_key, softmax_key = jax.random.split(key)
+    autoencoder = _fit(
+        pretraining,
+        layers,
+        params,
+        images,
+        images,
+        key=code_key,
+        loss=loss,
+        penalty=training.weight_decay(pretraining.weight_decay),
+        **options,
+    )
+    codes = jax.lax.map(lambda x: layers(autoencoder, x)["code"], images, batch_size=1000)
+    softmax = _fit_classifier(
+        recipe._replace(model=models.Softmax(recipe.model.classes)),
+        {"params": {"logits": params["params"]["logits"]}},
+        codes,
+        labels,
+        key=softmax_key,
+        **options,
+    )
+    return {"params": autoencoder["params"] | softmax["params"]}
+
+
+def _fit(
+    schedule: Recipe | Pretraining,
+    apply: Any,
+    params: PyTree[Array],
+    images: Any,
+    labels: Any,
+    *,
+    key: Key[Array, ""],
+    steps: int | None,
+    **objective: Any,
+) -> PyTree[Array]:
+    epochs = _epochs(schedule, len(images), steps)
+    epoch_steps = math.ceil(len(images) / min(schedule.batch_size, len(images)))
+    learning_rate = optax.cosine_decay_schedule(schedule.learning_rate, epochs * epoch_steps)
+    return training.fit(
+        apply,
+        params,
+        images,
+        labels,
+        key=key,
+        optimizer=optax.adam(learning_rate),
+        epochs=epochs,
+        patience=epochs,  # the schedule ends it
+        batch_size=schedule.batch_size,
+        progress=True,
+        **objective,
+    ).params
+
+
+def _epochs(recipe: Recipe | Pretraining, n: int, steps: int | None) -> int:
     of_steps = math.ceil((steps or MIN_STEPS) * recipe.batch_size / n)
     return of_steps if steps else max(recipe.epochs, of_steps)
 
@@ -156,7 +252,9 @@ def _fingerprint(
     # The lowered program tells the architecture with its activations, which no `repr` would.
     params = jax.eval_shape(recipe.model.init, key, images[0])
     architecture = jax.jit(recipe.model.apply).lower(params, images[0]).as_text()
-    recipe_text = repr((recipe._replace(model=None), _epochs(recipe, len(images), steps)))
+    stages = (recipe, recipe.pretraining) if recipe.pretraining else (recipe,)
+    epochs = [_epochs(stage, len(images), steps) for stage in stages]
+    recipe_text = repr((recipe._replace(model=None), *epochs))
     digest = hashlib.sha256(f"{architecture}\n{recipe_text}\n{key.dtype}".encode())
     for array in (images, labels, np.asarray(jax.random.key_data(key))):
         digest.update(f"{array.dtype}{array.shape}".encode())

@@ -1,6 +1,21 @@
 """Classifiers as Flax Linen modules, each of ONE example and with named layer outputs."""
 
+from advjax.models.alexnet import AlexNet, alexnet_from_torch, local_response_norm
+from advjax.models.autoencoder import AutoencoderClassifier
+from advjax.models.convolutional import ConvNet
 from advjax.models.fully_connected import MLP, Softmax
 from advjax.models.parameters import load, save
+from advjax.models.torch_weights import load_torch_weights
 
-__all__ = ["MLP", "Softmax", "load", "save"]
+__all__ = [
+    "MLP",
+    "AlexNet",
+    "AutoencoderClassifier",
+    "ConvNet",
+    "Softmax",
+    "alexnet_from_torch",
+    "load",
+    "load_torch_weights",
+    "local_response_norm",
+    "save",
+]

@@ -1,6 +1,6 @@
 """The paper's fully connected networks on MNIST."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -60,16 +60,35 @@ class MLP(nn.Module):
     def layers(self, x: Float[Array, "*shape"]) -> dict[str, Float[Array, " features"]]:
         """The output of each layer by its name: "hidden1", "hidden2", ..., "logits".
 
-        Hidden outputs are taken after the activation. Parameters carry the same names.
+        Hidden outputs are taken after the activation, and before it as "hidden1_preactivation" and
+        so on. Parameters are named by layer.
         """
-        outputs = {}
-        h = jnp.ravel(x)
-        *hidden, classes = self.features
-        for i, width in enumerate(hidden, start=1):
-            h = self.activation(nn.Dense(width, name=f"hidden{i}")(h))
-            outputs[f"hidden{i}"] = h
-        return outputs | {"logits": nn.Dense(classes, name="logits")(h)}
+        return dense_layers(jnp.ravel(x), self.features, self.activation)
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, " classes"]:
         """The logits of one example."""
         return self.layers(x)["logits"]
+
+
+def dense_layers(
+    x: Float[Array, " inputs"], features: Sequence[int], activation: Callable[[Array], Array]
+) -> dict[str, Float[Array, " features"]]:
+    """The dense layers that end a classifier, and the outputs of each by their names.
+
+    Call it inside a compact method: the layers belong to the module that it is called in.
+
+    Args:
+        x: The flat input.
+        features: The width of each layer; the last is the number of classes.
+        activation: The elementwise function after every layer but the last.
+
+    Returns:
+        "hidden1_preactivation", "hidden1", and so on for each hidden layer, and "logits".
+    """
+    outputs: dict[str, Array] = {}
+    *hidden, classes = features
+    for i, width in enumerate(hidden, start=1):
+        z = nn.Dense(width, name=f"hidden{i}")(x)
+        x = activation(z)
+        outputs |= {f"hidden{i}_preactivation": z, f"hidden{i}": x}
+    return outputs | {"logits": nn.Dense(classes, name="logits")(x)}

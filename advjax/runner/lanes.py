@@ -241,6 +241,10 @@ def _single_step(attack: Callable[..., AttackResult]) -> Machine:
         return _Whole(x, target, result, jnp.bool_(False))
 
     def step(state: _Whole):
-        return state._replace(result=attack(state.x, state.target), done=jnp.bool_(True))
+        new = attack(state.x, state.target)
+        result = jax.tree.map(lambda a, b: jnp.where(state.done, a, b), state.result, new)
+        # The image changes, as XLA would take the attack out of a loop in which nothing does, and
+        # run it at every turn; and to one that takes no time if the lane is stepped again.
+        return _Whole(new.x_adv, state.target, result, jnp.bool_(True))
 
     return Machine(init, step, lambda state: state.done, lambda state: state.result)

@@ -1,4 +1,4 @@
-"""Penalties on parameters, added to a training loss."""
+"""Penalties on parameters and on codes, added to a training loss."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,6 +11,9 @@ from advjax import losses
 
 Penalty = Callable[[PyTree[Array]], Float[Array, ""]]
 """What `fit` adds to its loss: a scalar function of the parameters."""
+
+BATCH = "batch"
+"""The axis that `fit` maps its loss over."""
 
 
 def weight_decay(lambdas: ArrayLike | Sequence[ArrayLike]) -> Penalty:
@@ -45,3 +48,35 @@ def weight_decay(lambdas: ArrayLike | Sequence[ArrayLike]) -> Penalty:
         return jnp.sum(weights * jnp.stack([losses.squared_l2(w) for w in kernels.values()])) / 2
 
     return penalty
+
+
+def sparsity(code: Float[Array, " features"], *, target: float = 0.05) -> Float[Array, ""]:
+    """How far the features of a code are from being active on a small share of a batch each.
+
+    It is the relative entropy `sum_j KL(target || mean of feature j over the batch)` of Bernoulli
+    distributions, and belongs in the loss of an autoencoder:
+
+        def loss(outputs, image):
+            error = losses.squared_l2(outputs["reconstruction"] - image)
+            return error + training.sparsity(outputs["code"])
+
+    Args:
+        code: Of ONE example, with features in [0, 1], inside a loss that `fit` maps over a batch.
+        target: The share.
+
+    Returns:
+        The same scalar for all examples of the batch, and so for their mean.
+
+    Raises:
+        NameError: Outside of `jax.vmap(loss, axis_name="batch")`, which `fit` applies.
+        ValueError: If `target` is not between 0 and 1.
+
+    Source: Ng (2011), Sparse autoencoder, CS294A lecture notes.
+    """
+    if not 0 < target < 1:
+        raise ValueError(f"target: {target!r}, expected a share above 0 and below 1.")
+    tiny = jnp.finfo(code.dtype).eps
+    share = jnp.clip(jax.lax.pmean(code, BATCH), tiny, 1 - tiny)
+    return jnp.sum(
+        target * jnp.log(target / share) + (1 - target) * jnp.log((1 - target) / (1 - share))
+    )
