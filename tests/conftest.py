@@ -14,6 +14,24 @@ from advjax import data, metrics, models, training
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--quick", action="store_true", help="run each test once, with one of its cases"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """For `--quick`: the cases take turns, so that all of those that tests share have theirs."""
+    if config.getoption("quick"):
+        tests = {}
+        for item in items:
+            tests.setdefault((item.path, item.originalname), []).append(item)
+        chosen = [cases[i % len(cases)] for i, cases in enumerate(tests.values())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Victims:
     """A trained net, with the first test images that it gets right and a target for each."""

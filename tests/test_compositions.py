@@ -126,7 +126,7 @@ def test_the_distortion_has_no_gradient_by_the_image(attack):
 def test_a_linen_an_nnx_and_an_equinox_model_are_all_attacked_alike(attack):
     kernel = 3 * jax.random.normal(KEYS[3], (20, CLASSES)) / 4
     linen = nn.Dense(CLASSES, use_bias=False)
-    flax_nnx = nnx.Linear(20, CLASSES, use_bias=False, rngs=nnx.Rngs(0))
+    flax_nnx = nnx.Linear(20, CLASSES, use_bias=False, param_dtype=kernel.dtype, rngs=nnx.Rngs(0))
     flax_nnx.kernel[...] = kernel
     equinox = eqx.nn.Linear(20, CLASSES, use_bias=False, key=KEYS[3])
     equinox = eqx.tree_at(lambda layer: layer.weight, equinox, kernel.T)
