@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 EXPERIMENTS = ("quickstart", "attack", "table1", "figure7", "benchmark", "throughput")
 
 
@@ -52,6 +50,8 @@ def run(args: Sequence[str]) -> int:
 
 def use_all_cores() -> None:
     """A device for each core: attacks on small images keep but one busy each."""
+    import jax
+
     with contextlib.suppress(RuntimeError):  # as when JAX has computed something already
         jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
 

@@ -1,4 +1,4 @@
-"""Refilled lanes against fixed batches, and batch sizes (no figure; 1 min; MNIST or a sample).
+"""Refilled lanes against fixed batches (no figure; 1 min; MNIST or a sample).
 
 The same images are attacked on one device in batches of the same size: such that an image that is
 done makes room for the next one, and under `jax.vmap`, such that a batch waits for its slowest
