@@ -45,6 +45,13 @@ class Victims:
     test_error: float
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """Each keeps memory maps, of which Linux gives a process 65,530: XLA crashes beyond."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def mnist():
     """Train and test digits: the whole of MNIST where it is prepared, else the sample."""

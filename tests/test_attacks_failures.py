@@ -31,7 +31,7 @@ def linear(x):
     [
         ((linear, (255 * X).astype(jnp.uint8), 1), TypeError, r"x: dtype uint8.*x / 255"),
         ((linear, X > 0, 1), TypeError, r"x: dtype bool.*float32"),
-        ((linear, X, 1.0), TypeError, r"target: dtype float32, expected an integer"),
+        ((linear, X, jnp.float32(1)), TypeError, r"target: dtype float32, expected an integer"),
         ((linear, X, jnp.array([1, 2])), ValueError, r"target: shape \(2,\).*jax.vmap"),
         (("net", X, 1), TypeError, r"logits_fn: str, expected a function"),
         ((lambda x: linear(x)[None], X, 1), ValueError, r"\(1, 3\).*model\(x\[None\]\)\[0\]"),
@@ -81,7 +81,7 @@ def test_losses_and_penalties_that_are_not_scalar_are_named():
 
 def test_untargeted_names_its_own_arguments():
     with pytest.raises(TypeError, match=r"label: dtype float32"):
-        attacks.untargeted(attacks.lbfgs, linear, X, 0.0)
+        attacks.untargeted(attacks.lbfgs, linear, X, jnp.float32(0))
     with pytest.raises(ValueError, match=r"k: 0, expected an integer"):
         attacks.untargeted(attacks.lbfgs, linear, X, 0, k=0)
 
