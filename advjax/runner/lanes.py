@@ -35,7 +35,7 @@ class Program(NamedTuple):
 
     static: Any
     """What the compiled program depends on: functions, options, the structure."""
-    arrays: list[Array | np.ndarray]
+    arrays: Sequence[Array | np.ndarray]
     """What it takes as arguments: parameters, array-valued bounds."""
 
     @classmethod
@@ -153,7 +153,7 @@ def attack_in_lanes(
 @functools.partial(jax.jit, static_argnames=("static", "mesh", "batch_size"))
 def _start(
     static: Any,
-    arrays: list[Array],
+    arrays: Sequence[Array | np.ndarray],
     x: Float[Array, "*shape"],
     target: Int[Array, ""],
     *,
@@ -174,7 +174,7 @@ def _start(
 @functools.partial(jax.jit, static_argnames=("static", "mesh"), donate_argnames="lanes")
 def _turn(
     static: Any,
-    arrays: list[Array],
+    arrays: Sequence[Array | np.ndarray],
     lanes: PyTree[Array],
     occupied: Bool[Array, " lanes"],
     arrivals: Arrivals,
