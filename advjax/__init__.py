@@ -7,6 +7,7 @@ arXiv:1312.6199).
 from advjax import (
     attacks,
     data,
+    lipschitz,
     losses,
     metrics,
     models,
@@ -24,6 +25,7 @@ __all__ = [
     "LogitsFn",
     "attacks",
     "data",
+    "lipschitz",
     "losses",
     "metrics",
     "models",

@@ -10,6 +10,7 @@ import advjax
 MODULES = (
     "attacks",
     "data",
+    "lipschitz",
     "losses",
     "metrics",
     "models",

@@ -1,0 +1,354 @@
+"""Functions that are Lipschitz although the operations they are written with are not.
+
+GELU multiplies two functions of its input, softmax divides by one. They are recognised by their
+last operation: from it back, what made each intermediate result is compared with the function.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from advjax.lipschitz.signals import Operation, Signal, concrete
+
+Found = tuple[Operation, float] | None
+
+
+def match(op: Operation, like: Any) -> Found:
+    """The function that an operation completes, as an operation, with its gain; or None."""
+    for pattern in (_softmax, _log_softmax, _log_sum_exp, _normalisation):
+        found = pattern(op)
+        if found is not None:
+            return found
+    return _elementwise(op, like)
+
+
+def _as(op: Operation, name: str, signal: Signal, gain: float) -> Found:
+    return op._replace(name=name, inputs=(signal,)), gain
+
+
+# Elementwise functions. Their largest slopes are those of a dense search, rounded up; the slope
+# has one smooth maximum each.
+
+_SLOPES: dict[str, tuple[Callable, tuple[float, ...], Callable[..., float]]] = {
+    "gelu": (lambda x: jax.nn.gelu(x, approximate=False), (), lambda: 1.12905),
+    "gelu_tanh": (lambda x: jax.nn.gelu(x, approximate=True), (), lambda: 1.12905),
+    "silu": (jax.nn.silu, (), lambda: 1.09985),
+    "mish": (jax.nn.mish, (), lambda: 1.08855),
+    "softplus": (jax.nn.softplus, (), lambda: 1.0),
+    "elu": (jax.nn.elu, (0.5,), lambda alpha: max(1.0, abs(alpha))),
+    "selu": (jax.nn.selu, (), lambda: 1.75810),
+    "leaky_relu": (jax.nn.leaky_relu, (0.5,), lambda slope: max(1.0, abs(slope))),
+    "hard_tanh": (jax.nn.hard_tanh, (), lambda: 1.0),
+    "celu": (jax.nn.celu, (0.5,), lambda alpha: 1.0 if alpha > 0 else math.inf),
+    "soft_sign": (jax.nn.soft_sign, (), lambda: 1.0),
+}
+
+
+def _elementwise(op: Operation, like: Any) -> Found:
+    if op.name not in ("mul", "select_n", "add", "div"):
+        return None
+    value = Signal(like.shape, like.dtype, math.inf, op)
+    for name in _SLOPES:
+        reference, leaves = _reference(name, like.shape, like.dtype)
+        bindings = _unify(reference, value, {})
+        if bindings is None:
+            continue
+        x, *scalars = (bindings[id(leaf)] for leaf in leaves)
+        if isinstance(x, Signal) and all(concrete(s) for s in scalars):
+            slope = _SLOPES[name][2](*(float(s) for s in scalars))
+            return _as(op, name, x, slope) if math.isfinite(slope) else None
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _reference(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Signal, list[Signal]]:
+    """The function's result with what made it, and its arguments."""
+    from advjax.lipschitz.bound import Context, walk
+
+    function, scalars, _ = _SLOPES[name]
+    closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype), *scalars)
+    leaves = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars]
+
+    def record(op, avals, rules):
+        passes = op.name == "copy" or (op.name == "convert_element_type" and not op.shape)
+        if passes:  # as where the scalar is a number that is converted while it is traced
+            return op.inputs
+        return [Signal(a.shape, a.dtype, math.inf, op) for a in avals]
+
+    return walk(closed, leaves, Context(record))[0], leaves
+
+
+def _unify(reference: Any, value: Any, bindings: dict[int, Any]) -> dict[int, Any] | None:
+    """The arguments for which the reference is made as the value is; None if there are none."""
+    if not isinstance(reference, Signal):
+        same = not isinstance(value, Signal) and concrete(value) and _equal(reference, value)
+        return bindings if same else None
+    if reference.operation is None:
+        return _bind(reference, value, bindings)
+    if not isinstance(value, Signal) or not value.made_by(reference.operation.name):
+        return None
+    if not _equal_params(reference.params, value.params):
+        return None
+    commutes = value.made_by("mul", "add")
+    for inputs in (value.inputs, value.inputs[::-1])[: 2 if commutes else 1]:
+        found: dict[int, Any] | None = bindings
+        for a, b in zip(reference.inputs, inputs, strict=True):
+            found = None if found is None else _unify(a, b, found)
+        if found is not None:
+            return found
+    return None
+
+
+def _bind(leaf: Signal, value: Any, bindings: dict[int, Any]) -> dict[int, Any] | None:
+    bound = bindings.get(id(leaf))
+    if bound is None:
+        if isinstance(value, Signal) and value.shape == leaf.shape:
+            return bindings | {id(leaf): value}
+        if not isinstance(value, Signal) and np.shape(value) == leaf.shape == ():
+            return bindings | {id(leaf): value}
+        return None
+    if isinstance(bound, Signal) or isinstance(value, Signal):
+        return bindings if bound is value else None
+    return bindings if concrete(bound, value) and _equal(bound, value) else None
+
+
+def _equal(one: Array, other: Array) -> bool:
+    return np.shape(one) == np.shape(other) and bool(np.all(np.asarray(one) == np.asarray(other)))
+
+
+def _equal_params(one: Any, other: Any) -> bool:
+    return one.keys() == other.keys() and all(
+        one[key] == other[key] for key in one if key not in ("sharding", "out_sharding")
+    )
+
+
+# Softmax and its relatives: unchanged, or moved along, by a shift of all entries of a group
+
+
+def _softmax(op: Operation) -> Found:
+    """`e / sum(e)` with `e = exp(x - shift)`: its Jacobian's norm is at most 1/2."""
+    if op.name != "div" or len(op.signals) != 2:
+        return None
+    numerator, denominator = op.inputs
+    axes = _summed(denominator, numerator)
+    if axes is None or not numerator.made_by("exp") or numerator.shape != op.shape:
+        return None
+    return _as(op, "softmax", _unshifted(numerator.inputs[0], axes)[0], 1 / 2)
+
+
+def _log_softmax(op: Operation) -> Found:
+    """`y - log sum exp(y)`, whose Jacobian is an oblique projection, `I - 1 p^T`.
+
+    Its norm is that of `1 p^T`, `sqrt(classes) |p|`, for a vector p of probabilities.
+    """
+    if op.name != "sub" or len(op.signals) != 2:
+        return None
+    y, log = op.inputs
+    terms = _exponentials(*_peeled(log))
+    if terms is None:
+        return None
+    x, axes, dims = terms
+    if (
+        x is not y
+        or y.shape != op.shape
+        or dims != tuple(a for a in range(len(y.shape)) if a not in axes)
+    ):
+        return None
+    classes = math.prod(y.shape[a] for a in axes)
+    return _as(op, "log_softmax", _unshifted(y, axes)[0], math.sqrt(classes))
+
+
+def _log_sum_exp(op: Operation) -> Found:
+    """`log sum exp(x - shift) + shift`, whose gradient is a softmax, of length at most 1."""
+    if op.name == "log":
+        terms = _exponentials(*_peeled(Signal(op.shape, None, math.inf, op)))
+        return None if terms is None else _as(op, "logsumexp", terms[0], _copies(op, *terms[:2]))
+    if op.name != "add" or len(op.signals) != 2:
+        return None
+    for log, shift in (op.inputs, op.inputs[::-1]):
+        terms = _exponentials(*_peeled(log))
+        if terms is not None:
+            y, axes, dims = terms
+            x, subtracted = _unshifted(y, axes)
+            if subtracted is not None and _same(subtracted, shift, y, axes, dims):
+                return _as(op, "logsumexp", x, _copies(op, y, axes))
+    return None
+
+
+def _copies(op: Operation, y: Signal, axes: tuple[int, ...]) -> float:
+    """The norm of the broadcast of a sum of y along the axes to the shape of a result."""
+    sums = y.size // max(math.prod(y.shape[a] for a in axes), 1)
+    return math.sqrt(math.prod(op.shape) / max(sums, 1))
+
+
+def _exponentials(
+    log: Signal, dims: tuple[int, ...]
+) -> tuple[Signal, tuple[int, ...], tuple[int, ...]] | None:
+    """The y and the axes of `log(sum(exp(y)))`, and where the axes that are left went."""
+    if not log.made_by("log"):
+        return None
+    total, dims = _peeled(log.inputs[0], dims)
+    if total.made_by("abs"):
+        total, dims = _peeled(total.inputs[0], dims)
+    if not total.made_by("reduce_sum") or not total.inputs[0].made_by("exp"):
+        return None
+    return total.inputs[0].inputs[0], total.params["axes"], dims
+
+
+def _unshifted(y: Signal, axes: tuple[int, ...]) -> tuple[Signal, Signal | None]:
+    """The x of `y = x - shift` where the shift is the same along the axes, and the shift."""
+    if y.made_by("sub") and len(y.signals) == 2:
+        x, shift = y.inputs
+        inner, dims = _peeled(shift)
+        varying = {d for d, size in zip(dims, inner.shape, strict=True) if size != 1}
+        if x.shape == y.shape and not varying & set(axes):
+            return x, shift
+    return y, None
+
+
+def _same(spread: Signal, shift: Signal, y: Signal, axes: tuple[int, ...], dims: tuple) -> bool:
+    """Whether a shift, broadcast along the axes, is that other one, broadcast like the sum."""
+    (one, where), (other, there) = _peeled(spread), _peeled(shift)
+    kept = [a for a in range(len(y.shape)) if a not in axes]
+
+    def varying(places, sizes):  # an axis of size 1 may have been kept or left out
+        return [place for place, size in zip(places, sizes, strict=True) if size != 1]
+
+    sizes = [y.shape[a] for a in kept]
+    return (
+        one is other
+        and varying(where, one.shape) == varying(kept, sizes)
+        and varying(there, one.shape) == varying(dims, sizes)
+    )
+
+
+def _peeled(signal: Signal, dims: tuple[int, ...] | None = None) -> tuple[Signal, tuple[int, ...]]:
+    """What a signal is a broadcast of, and to which of its axes that one's axes went."""
+    dims = tuple(range(len(signal.shape))) if dims is None else dims
+    while signal.made_by("broadcast_in_dim", "stop_gradient"):
+        if signal.made_by("broadcast_in_dim"):
+            dims = tuple(dims[a] for a in signal.params["broadcast_dimensions"])
+        signal = signal.inputs[0]
+    return signal, dims
+
+
+def _summed(total: Signal, terms: Signal) -> tuple[int, ...] | None:
+    """The axes along which `total` is the sum of `terms`, broadcast back; else None."""
+    total, dims = _peeled(total)
+    if not total.made_by("reduce_sum") or total.inputs[0] is not terms:
+        return None
+    axes = total.params["axes"]
+    return axes if dims == tuple(a for a in range(len(terms.shape)) if a not in axes) else None
+
+
+# Normalisation by the neighbours
+
+
+def _normalisation(op: Operation) -> Found:
+    """`x / (k + a S(x^2))^b` where S sums over windows that contain their centre, or groups.
+
+    With D = k + a S(x^2) the Jacobian is diag(D^-b) - B, B_ij = 2 a b x_i x_j D_i^(-b-1) for j in
+    the window of i. For groups that do not overlap it is symmetric with norm k^-b if b <= 1. In
+    general |B v|^2 <= max |B_i|^2 m |v|^2 for the rows B_i and m windows that share an entry, and
+    |B_i| <= 2 b t / (1 + t)^(b + 1) k^-b with t = a S_i / k, which is largest at t = 1 / b. So
+
+        L <= k^-b (1 + 2 sqrt(m) b^(b + 1) / (b + 1)^(b + 1)).
+    """
+    if op.name not in ("div", "mul") or len(op.signals) != 2:
+        return None
+    for x, factor in (op.inputs, op.inputs[::-1])[: 1 if op.name == "div" else 2]:
+        power = _power(*_peeled(factor), 1 if op.name == "div" else -1)
+        if power is not None and x.shape == op.shape:
+            base, dims, beta = power
+            windows = _windows(base, dims, x)
+            if windows is not None:
+                return _as(op, "normalise", x, _normalised(windows[0], beta, windows[1]))
+    return None
+
+
+def _normalised(k: float, beta: float, windows: int) -> float:
+    if windows == 1 and beta <= 1:
+        return k**-beta * (1 + 1e-12)
+    spill = 2 * math.sqrt(windows) * (beta / (beta + 1)) ** (beta + 1)
+    return k**-beta * (1 + spill) * (1 + 1e-12)
+
+
+def _power(
+    factor: Signal, dims: tuple[int, ...], sign: int
+) -> tuple[Signal, tuple[int, ...], float] | None:
+    """The base and, times the sign, the exponent of a positive power."""
+    if factor.made_by("sqrt", "rsqrt"):
+        beta = 0.5 if factor.made_by("sqrt") else -0.5
+    elif factor.made_by("integer_pow"):
+        beta = float(factor.params["y"])
+    elif factor.made_by("pow"):
+        beta = _scalar(factor.inputs[1]) or 0.0
+    else:
+        return None
+    return (*_peeled(factor.inputs[0], dims), sign * beta) if sign * beta > 0 else None
+
+
+def _scalar(value: Any) -> float | None:
+    """The one number that a constant holds; None unless it is that."""
+    if isinstance(value, Signal) or not concrete(value) or not np.size(value):
+        return None
+    first = float(np.ravel(value)[0])
+    return first if np.all(np.asarray(value) == np.ravel(value)[0]) else None
+
+
+def _windows(base: Signal, dims: tuple[int, ...], x: Signal) -> tuple[float, int] | None:
+    """The k of `k + a S(x^2)`, and how many windows of S share an entry."""
+    k, sums = None, base
+    while sums.made_by(*(("add",) if k is None else ("mul", "div"))) and len(sums.signals) == 1:
+        reciprocal = sums.made_by("div") and not isinstance(sums.inputs[0], Signal)
+        sums, dims, number = _with_scalar(sums, dims)
+        if reciprocal or number is None or number <= 0:
+            return None
+        k = number if k is None else k
+    if k is None or not sums.inputs or not _is_square(sums.inputs[0], x):
+        return None
+    if sums.made_by("reduce_sum"):
+        kept = tuple(a for a in range(len(x.shape)) if a not in sums.params["axes"])
+        return (k, 1) if dims == kept else None
+    if sums.made_by("reduce_window_sum") and dims == tuple(range(len(x.shape))):
+        return (k, math.prod(sums.params["window_dimensions"])) if _contains_centre(sums) else None
+    return None
+
+
+def _with_scalar(
+    signal: Signal, dims: tuple[int, ...]
+) -> tuple[Signal, tuple[int, ...], float | None]:
+    """The one signal that another is made of, and the number that is its other operand."""
+    (inner,) = signal.signals
+    (other,) = (value for value in signal.inputs if value is not inner)
+    return (*_peeled(inner, dims), _scalar(other))
+
+
+def _is_square(squares: Any, x: Signal) -> bool:
+    if not isinstance(squares, Signal):
+        return False
+    if squares.made_by("square"):
+        return squares.inputs[0] is x
+    if squares.made_by("integer_pow"):
+        return squares.params["y"] == 2 and squares.inputs[0] is x
+    return squares.made_by("mul") and all(s is x for s in squares.inputs)
+
+
+def _contains_centre(op: Signal) -> bool:
+    params = op.params
+    ones = (1,) * len(params["window_dimensions"])
+    return (
+        tuple(params["window_strides"]) == ones
+        and tuple(params["base_dilation"]) == ones
+        and tuple(params["window_dilation"]) == ones
+        and op.shape == op.inputs[0].shape
+        and all(
+            0 <= low < window
+            for (low, _), window in zip(params["padding"], params["window_dimensions"], strict=True)
+        )
+    )

@@ -1,0 +1,94 @@
+"""What the walk over a jaxpr knows of an intermediate result."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+Scalar = Float[Array, ""] | float
+
+
+class Operation(NamedTuple):
+    """An operation of the function whose bound is sought.
+
+    Attributes:
+        name: The primitive's name, as in a printed jaxpr, or the function's.
+        inputs: What it is applied to: a `Signal` where that depends on the function's input, an
+            array where it does not.
+        params: The primitive's parameters.
+        shape: The shape of its (first) result.
+        label: Where in the model it stands, such as "MLP/hidden1".
+        source: The line of code that made it.
+    """
+
+    name: str
+    inputs: tuple[Any, ...]
+    params: Mapping[str, Any]
+    shape: tuple[int, ...]
+    label: str = ""
+    source: str = ""
+
+    @property
+    def signals(self) -> list["Signal"]:
+        """The inputs that depend on the function's input."""
+        return [x for x in self.inputs if isinstance(x, Signal)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Signal:
+    """An intermediate result that depends on the function's input.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        bound: A Lipschitz constant of it with respect to the input, infinite where none is
+            known; or what computes that when it is asked for.
+        operation: What made it, as it is written; None for the input itself.
+        layer: What that amounts to: for the last operation of a softmax, the softmax.
+        reason: Why the constant is infinite.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    bound: Scalar | Callable[[], Scalar]
+    operation: Operation | None = None
+    layer: Operation | None = None
+    reason: str = ""
+
+    @functools.cached_property
+    def constant(self) -> Scalar:
+        """The Lipschitz constant."""
+        return self.bound() if callable(self.bound) else self.bound
+
+    @property
+    def size(self) -> int:
+        """How many entries it has."""
+        return math.prod(self.shape)
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What the operation that made it was applied to."""
+        return self.operation.inputs if self.operation else ()
+
+    @property
+    def signals(self) -> list["Signal"]:
+        """Those among the inputs that depend on the function's input."""
+        return self.operation.signals if self.operation else []
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The parameters of the operation that made it."""
+        return self.operation.params if self.operation else {}
+
+    def made_by(self, *names: str) -> bool:
+        """Whether a primitive of one of these names made it."""
+        return self.operation is not None and self.operation.name in names
+
+
+def concrete(*values: Any) -> bool:
+    """Whether values are known now, rather than traced."""
+    return not any(isinstance(value, jax.core.Tracer) for value in values)
