@@ -316,7 +316,11 @@ def _closed(jaxpr: Any) -> core.ClosedJaxpr:
 
 def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
     """A loop of fixed length, unrolled."""
-    split = params["num_consts"], params["num_consts"] + params["num_carry"]
+    if "ft_in" in params:  # since jax 0.12
+        num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
+    else:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+    split = num_consts, num_consts + num_carry
     consts, carry, xs = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
     steps = range(params["length"])
     rows = []
