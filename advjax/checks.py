@@ -132,6 +132,14 @@ def number(name: str, value: Any, *, minimum: float, exclusive: bool = False) ->
     return out
 
 
+def share(name: str, value: Any) -> float:
+    """`value` as a float; ValueError unless a number above 0 and below 1."""
+    out = number(name, value, minimum=0, exclusive=True)
+    if out >= 1:
+        raise ValueError(f"{name}: {out}, expected a number below 1.")
+    return out
+
+
 def nonnegative(name: str, value: Any, dtype: Any) -> Float[Array, ""]:
     """`value` as a scalar; ValueError unless one number, of at least 0 where it is not traced."""
     if not isinstance(value, jax.Array | np.ndarray):

@@ -222,9 +222,7 @@ def wilson_interval(
 
     Source: Wilson (1927), without a correction for continuity.
     """
-    confidence = checks.number("confidence", confidence, minimum=0, exclusive=True)
-    if confidence >= 1:
-        raise ValueError(f"confidence: {confidence}, expected a number below 1, such as 0.95.")
+    confidence = checks.share("confidence", confidence)
     z2 = statistics.NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     k, n = jnp.asarray(k, float), jnp.asarray(n, float)
     centre = (k + z2 / 2) / (n + z2)

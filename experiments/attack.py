@@ -41,23 +41,25 @@ def main(
     victim = nets.load_or_train(
         net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
     )
-    predictions = jax.vmap(victim.logits_fn)(test.images).argmax(axis=1)
-    right = np.flatnonzero(predictions == test.labels)[: 64 if quick else images]
-    xs, labels = test.images[right], test.labels[right]
-    targets = (labels + 1 + np.arange(len(right)) % 9) % 10
+    chosen = nets.victims(victim, test, 64 if quick else images)
 
     rows, files = [], {}
     for attack in ATTACKS:
         name = attack.__name__
         result = runner.attack_images(
             functools.partial(attack, victim.logits_fn),
-            xs,
-            targets,
+            chosen.images,
+            chosen.targets,
             directory=out / name,
             progress=name,
         )
         files[out / f"{name}.npz"] = "an AttackResult, and the indices and targets of the images"
-        np.savez(out / f"{name}.npz", test_images=right, targets=targets, **result._asdict())
+        np.savez(
+            out / f"{name}.npz",
+            test_images=chosen.indices,
+            targets=chosen.targets,
+            **result._asdict(),
+        )
         rows.append(
             (
                 name,
@@ -66,7 +68,7 @@ def main(
                 f"{result.num_evals.mean():.1f}",
             )
         )
-    print(f"\n{net}, {len(xs)} test images that it gets right:\n")
+    print(f"\n{net}, {len(chosen.images)} test images that it gets right:\n")
     print(report.table(("attack", "success", "mean distortion", "evaluations"), rows))
     print()
     print(report.saved(files))

@@ -73,10 +73,9 @@ def main(
     victim = nets.load_or_train(
         net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
     )
-    right = np.flatnonzero(jax.vmap(victim.logits_fn)(test.images).argmax(1) == test.labels)
     n, few = (8, 2) if quick else (images, min(50, images))
-    xs, labels = test.images[right[:n]], test.labels[right[:n]]
-    targets = (labels + 1 + np.arange(len(xs)) % 9) % 10
+    right = nets.victims(victim, test)
+    xs, targets = right.images[:n], right.targets[:n]
 
     ways = [*our_ways(victim, xs, targets), *slow_ways(victim, xs[:few], targets[:few])]
     if peers:
@@ -84,7 +83,7 @@ def main(
             victim.logits_fn,
             xs[:few],
             targets[:few],
-            starts=test.images[right],
+            starts=right.images,
             max_steps=10 if quick else 10_000,
         )
     outcomes = []
@@ -148,13 +147,9 @@ def many(
     xs: np.ndarray,
     targets: np.ndarray,
 ) -> Outcome:
-    """All images through the runner; the best of three runs, the first of which compiles."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = runner.attack_images(functools.partial(attack, logits_fn), xs, targets)
-        seconds.append(time.perf_counter() - start)
-    return _outcome(result, min(seconds) / len(xs))
+    """All images through the runner."""
+    result, seconds = timed(runner.attack_images, functools.partial(attack, logits_fn), xs, targets)
+    return _outcome(result, seconds / len(xs))
 
 
 def batched(
@@ -163,11 +158,8 @@ def batched(
     xs: np.ndarray,
     targets: np.ndarray,
 ) -> Outcome:
-    """All images at once, under `jax.vmap`; the best of three runs."""
-    run = jax.jit(lambda fn, xs, targets: jax.vmap(functools.partial(attack, fn))(xs, targets))
-    arguments = jax.device_put((logits_fn, xs, targets))
-    result = run(*arguments)
-    seconds = min(_seconds(run, *arguments) for _ in range(3))
+    """All images at once, under `jax.vmap`."""
+    result, seconds = timed(vmapped(attack), *jax.device_put((logits_fn, xs, targets)))
     return _outcome(result, seconds / len(xs))
 
 
@@ -345,6 +337,17 @@ def draw(rows: Sequence[report.Row], *, title: str) -> "Figure":
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What a function returns, and the seconds of the best of three calls once it has compiled."""
+    result = jax.block_until_ready(function(*arguments))
+    return result, min(_seconds(function, *arguments) for _ in range(3))
+
+
+def vmapped(attack: Callable[..., attacks.AttackResult]) -> Callable[..., attacks.AttackResult]:
+    """An attack of one net on a batch, compiled."""
+    return jax.jit(lambda fn, xs, targets: jax.vmap(functools.partial(attack, fn))(xs, targets))
 
 
 def _in_double(net: nets.Net) -> jax.tree_util.Partial:

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from advjax import losses, models, training
+from advjax import data, losses, models, training
 from advjax.data import cache
 
 
@@ -64,6 +64,15 @@ class Net(NamedTuple):
     def logits_fn(self) -> jax.tree_util.Partial:
         """The classifier of one image: a pytree, so that new parameters do not recompile."""
         return jax.tree_util.Partial(self.model.apply, self.params)
+
+
+class Victims(NamedTuple):
+    """Test images to attack, with a class for each to reach."""
+
+    indices: Int[np.ndarray, " n"]
+    images: Float[np.ndarray, " n *shape"]
+    labels: Int[np.ndarray, " n"]
+    targets: Int[np.ndarray, " n"]
 
 
 MIN_STEPS = 3000
@@ -156,6 +165,27 @@ def load_or_train(
     except OSError as error:
         warnings.warn(f"could not keep the trained net in {path}: {error}", stacklevel=2)
     return net
+
+
+def victims(net: Net, test: data.Dataset, count: int | None = None) -> Victims:
+    """The first images that a net gets right, all if None, each with a fixed other class."""
+    predictions = jax.vmap(net.logits_fn)(test.images).argmax(axis=1)
+    indices = np.flatnonzero(predictions == test.labels)[:count]
+    labels = test.labels[indices]
+    targets = (labels + 1 + np.arange(len(indices)) % 9) % 10
+    return Victims(indices, test.images[indices], labels, targets)
+
+
+def random_victims(key: Key[Array, ""], split: data.Dataset, count: int) -> Victims:
+    """Randomly chosen images, whether or not a net gets them right, each with a random other class.
+
+    Of one key a larger number begins with the images of a smaller one.
+    """
+    image_key, target_key = jax.random.split(key)
+    indices = np.asarray(jax.random.permutation(image_key, len(split.labels)))[:count]
+    labels = split.labels[indices]
+    shifts = np.asarray(jax.random.randint(target_key, split.labels.shape, 1, 10))[: len(labels)]
+    return Victims(indices, split.images[indices], labels, (labels + shifts) % 10)
 
 
 def _recipe(name: str) -> Recipe:

@@ -50,10 +50,8 @@ def main(
         flush=True,
     )
 
-    predictions = jax.vmap(logits_fn)(test.images).argmax(axis=1)
-    right = np.flatnonzero(predictions == test.labels)[: 32 if quick else 100]
-    images, labels = test.images[right], test.labels[right]
-    targets = (labels + 1 + np.arange(len(right)) % 9) % 10
+    chosen = nets.victims(net, test, 32 if quick else 100)
+    images, labels, targets = chosen.images, chosen.labels, chosen.targets
 
     rows, results = [], {}
     for attack in ATTACKS:

@@ -11,7 +11,6 @@ times what the gradients take; a batch of 64 to 128 is best.
 """
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from jax.sharding import Mesh
 
 from advjax import attacks, runner
 from experiments import nets, report
-from experiments.benchmark import BATCH_SIZE, time_of_a_gradient
+from experiments.benchmark import BATCH_SIZE, time_of_a_gradient, timed, vmapped
 
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
 
@@ -52,10 +51,8 @@ def main(
     victim = nets.load_or_train(
         net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
     )
-    right = np.flatnonzero(jax.vmap(victim.logits_fn)(test.images).argmax(1) == test.labels)
-    right = right[: 64 if quick else images]
-    xs, labels = test.images[right], test.labels[right]
-    targets = (labels + 1 + np.arange(len(right)) % 9) % 10
+    chosen = nets.victims(victim, test, 64 if quick else images)
+    xs, targets = chosen.images, chosen.targets
     gradient = time_of_a_gradient(victim.logits_fn, xs[:BATCH_SIZE], targets[:BATCH_SIZE])
 
     rows: list[report.Row] = []
@@ -67,6 +64,7 @@ def main(
                 ("all devices", lanes(attack, victim.logits_fn, batch_size, jax.devices())),
             ):
                 result, seconds = timed(run, xs, targets)
+                seconds /= len(xs)
                 evaluations = float(result.num_evals.mean())
                 rows.append(
                     {
@@ -126,7 +124,7 @@ def fixed_batches(
     batch_size: int,
 ) -> Callable[[np.ndarray, np.ndarray], attacks.AttackResult]:
     """One batch after the other under `jax.vmap`, the last one filled up with the first images."""
-    run = jax.jit(lambda fn, xs, targets: jax.vmap(functools.partial(attack, fn))(xs, targets))
+    run = vmapped(attack)
 
     def attack_images(xs, targets):
         order = np.resize(np.arange(len(xs)), (-(-len(xs) // batch_size), batch_size))
@@ -134,20 +132,6 @@ def fixed_batches(
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(xs)], *results)
 
     return attack_images
-
-
-def timed(
-    run: Callable[[np.ndarray, np.ndarray], attacks.AttackResult],
-    xs: np.ndarray,
-    targets: np.ndarray,
-) -> tuple[attacks.AttackResult, float]:
-    """The results, and the seconds an image: the better of two runs after one that compiles."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = run(xs, targets)
-        seconds.append(time.perf_counter() - start)
-    return result, min(seconds) / len(xs)
 
 
 def table(rows: list[report.Row]) -> str:

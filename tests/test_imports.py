@@ -21,7 +21,7 @@ FLOORS = [  # from the top down; rooms of one floor do not import each other
     {"metrics"},
     {"losses"},
     {"checks"},
-    {"types"},
+    {"files", "progress", "types"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -52,12 +52,17 @@ def l2(result):
     return result.distortion * np.sqrt(28 * 28)
 
 
-def test_lipsdp_and_pairs_certify_more_than_the_product(net):
-    assert net.constants["lipsdp"] <= 0.65 * net.constants["product"]
+def test_lipsdp_certifies_no_less_than_the_product_and_pairs_no_less_than_that(net):
     product, lipsdp, pairs = (net.radii[name] for name in ("product", "lipsdp", "pairs"))
     assert np.all(product <= lipsdp)
     assert np.all(lipsdp <= pairs * (1 + 1e-5))
-    assert pairs.mean() >= 2 * product.mean()
+
+
+def test_lipsdp_and_pairs_certify_much_more_than_the_product(net, mnist):
+    if mnist[0].source != "tfds":
+        pytest.skip("a net that was trained on the sample is another one: this is of full MNIST")
+    assert net.constants["lipsdp"] <= 0.65 * net.constants["product"]
+    assert net.radii["pairs"].mean() >= 2 * net.radii["product"].mean()
 
 
 def test_no_attack_beats_a_certificate(net):

@@ -2,13 +2,14 @@
 
 import contextlib
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+
+from advjax import files
 
 Examples = tuple[UInt8[np.ndarray, "n h w c"], UInt8[np.ndarray, " n"]]
 
@@ -35,7 +36,8 @@ def arrays(filename: str, build: Callable[[], Examples]) -> Examples:
         return _read(path)
     images, labels = build()
     try:
-        _write(path, images, labels)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, lambda file: np.savez(file, images=images, labels=labels))
     except OSError as error:
         warnings.warn(f"could not cache the decoded images in {path}: {error}", stacklevel=2)
     return images, labels
@@ -47,11 +49,3 @@ def _read(path: Path) -> Examples:
     if not (images.dtype == labels.dtype == np.uint8 and images.shape[:1] == labels.shape):
         raise ValueError(f"{path} holds something else")
     return images, labels
-
-
-def _write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        unfinished = Path(directory) / path.name
-        np.savez(unfinished, images=images, labels=labels)
-        unfinished.replace(path)  # atomic: nobody ever reads half a file

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core, source_info_util
 from jaxtyping import Array, Float, PyTree
 
 from advjax.lipschitz import links, patterns
@@ -16,29 +15,15 @@ from advjax.lipschitz.chains import Method, lipsdp
 from advjax.lipschitz.convolution import Convolution
 from advjax.lipschitz.norms import Dense
 from advjax.lipschitz.rules import (
-    FUNCTION_RULES,
     LINEAR,
+    ROUNDING,
     RULES,
     NotLipschitzError,
     Rule,
     linear_layer,
 )
-from advjax.lipschitz.signals import Operation, Scalar, Signal, concrete
-
-_ROUNDING = 1 + 2.0**-20  # more than the few roundings of one rule, in float32
-
-_CALLS = {  # primitives that only call a jaxpr, and the parameter that holds it
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
+from advjax.lipschitz.signals import Operation, Scalar, Signal
+from advjax.lipschitz.walk import Context, largest, walk
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +90,7 @@ def bound(
     """
     outputs = _outputs(fn, example_inputs, method)
     total = RULES["concatenate"](Operation("", tuple(outputs), {}, ())) if outputs else 0.0
-    return Bound(jnp.asarray(total * _ROUNDING), tuple(_layers(outputs)))
+    return Bound(jnp.asarray(total * ROUNDING), tuple(_layers(outputs)))
 
 
 def pairwise(
@@ -141,10 +126,10 @@ def pairwise(
     dense = links.last_dense(outputs[0])
     if dense is None:
         steepest = math.sqrt(2) * jnp.asarray(outputs[0].constant, out.dtype)
-        return jnp.where(jnp.eye(n, dtype=bool), 0, steepest * _ROUNDING)
+        return jnp.where(jnp.eye(n, dtype=bool), 0, steepest * ROUNDING)
     chain = links.ending(dense)
     assert chain is not None
-    return method(chain.kernels, chain.slopes).pairs * chain.start.constant * _ROUNDING
+    return method(chain.kernels, chain.slopes).pairs * chain.start.constant * ROUNDING
 
 
 def linear_layers(
@@ -187,59 +172,6 @@ def _outputs(
     return outputs
 
 
-class Context(NamedTuple):
-    """Where a jaxpr is called, and what is done with its operations."""
-
-    apply: Callable[[Operation, Sequence[Any], dict], Sequence[Any]]
-    label: str = ""
-    source: str = ""
-
-
-def walk(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -> list[Any]:
-    """The results of a jaxpr, each a `Signal` or, if no argument that is one matters, an array."""
-    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    env |= dict(zip(closed.jaxpr.invars, args, strict=True))
-
-    def read(atom):
-        return atom.val if isinstance(atom, core.Literal) else env[atom]
-
-    for eqn in closed.jaxpr.eqns:
-        here = context._replace(
-            label="/".join(filter(None, [context.label, str(eqn.source_info.name_stack)])),
-            # Inside a function that jax has traced before, the line is that of the call.
-            source=source_info_util.summarize(eqn.source_info) or context.source,
-        )
-        results = _evaluate(eqn, [read(atom) for atom in eqn.invars], here)
-        env |= dict(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in closed.jaxpr.outvars]
-
-
-def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequence[Any]:
-    name, params = eqn.primitive.name, eqn.params
-    known = not any(isinstance(x, Signal) for x in inputs)
-    function = params.get("name") if name in _CALLS else None
-    if name in _CALLS and (known or function not in FUNCTION_RULES):
-        return walk(_closed(params[_CALLS[name]]), inputs, context)
-    if known:
-        return _constants(eqn, inputs)
-    if name == "scan":
-        return _scan(params, inputs, context)
-    if name == "cond" and not isinstance(inputs[0], Signal) and concrete(inputs[0]):
-        branches = params["branches"]
-        branch = branches[min(max(int(inputs[0]), 0), len(branches) - 1)]
-        return walk(branch, inputs[1:], context)
-    avals: list[Any] = [v.aval for v in eqn.outvars]
-    op = Operation(
-        name=function or name,
-        inputs=tuple(inputs),
-        params=params,
-        shape=avals[0].shape,
-        label=context.label,
-        source=context.source,
-    )
-    return context.apply(op, avals, FUNCTION_RULES if function else RULES)
-
-
 def _apply(method: Method | None, op: Operation, avals: Sequence[Any], rules: dict) -> list[Signal]:
     """The results of an operation, by a pattern that it completes or by its rule."""
     found = patterns.match(op, avals[0]) if rules is RULES else None
@@ -269,7 +201,7 @@ def _rounded_up(layer: Operation, rule: Rule) -> Scalar:
     constant = rule(layer)
     if any(constant is signal.constant for signal in layer.signals):
         return constant
-    return constant * _ROUNDING
+    return constant * ROUNDING
 
 
 def _times(gain: Scalar, layer: Operation) -> Scalar:
@@ -297,66 +229,6 @@ def _unsupported(op: Operation, why: str) -> str:
     )
 
 
-def _constants(eqn: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any]:
-    """The results of an operation that the input does not reach."""
-
-    def evaluate():
-        out = eqn.primitive.bind(*inputs, **eqn.params)
-        return out if eqn.primitive.multiple_results else [out]
-
-    if concrete(*inputs):  # known now, even while a function around `bound` is traced
-        with jax.ensure_compile_time_eval():
-            return evaluate()
-    return evaluate()
-
-
-def _closed(jaxpr: Any) -> core.ClosedJaxpr:
-    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
-
-
-def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
-    """A loop of fixed length, unrolled."""
-    if "ft_in" in params:  # since jax 0.12
-        num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
-    else:
-        num_consts, num_carry = params["num_consts"], params["num_carry"]
-    split = num_consts, num_consts + num_carry
-    consts, carry, xs = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
-    steps = range(params["length"])
-    rows = []
-    for step in reversed(steps) if params["reverse"] else steps:
-        here = [_row(x, step) for x in xs]
-        results = walk(params["jaxpr"], [*consts, *carry, *here], context)
-        carry, row = results[: len(carry)], results[len(carry) :]
-        rows.append(row)
-    rows = rows[::-1] if params["reverse"] else rows
-    # Results that each come from one row, and from nothing else, move as their row does.
-    shared = [x for x in [*inputs[: split[1]], *carry] if isinstance(x, Signal)]
-    apart = not shared and sum(isinstance(x, Signal) for x in xs) == 1
-    columns = zip(*rows, strict=True)
-    return [*carry, *(_stacked(column, context, apart=apart) for column in columns)]
-
-
-def _row(x: Any, step: int) -> Any:
-    if isinstance(x, Signal):
-        op = Operation("slice", (x,), {"step": step}, x.shape[1:])
-        # The same constant, computed no more often than once.
-        return Signal(x.shape[1:], x.dtype, lambda: x.constant, op, op, x.reason)
-    return x[step]
-
-
-def _stacked(column: Sequence[Any], context: Context, *, apart: bool) -> Any:
-    signals = [x for x in column if isinstance(x, Signal)]
-    if not signals:
-        return jnp.stack(column)
-    shape = (len(column), *column[0].shape)
-    op = Operation("stack", tuple(column), {}, shape, context.label, context.source)
-    reason = next((s.reason for s in signals if s.reason), "")
-    largest = _largest([s.constant for s in signals])
-    constant = largest if apart else RULES["stack"](op) * _ROUNDING
-    return Signal(shape, signals[0].dtype, constant, op, op, reason)
-
-
 def _layers(outputs: Sequence[Signal]) -> Iterator[Layer]:
     """The operations that outputs are made of and that do not leave the constant as it is."""
     seen: set[int] = set()
@@ -371,12 +243,8 @@ def _layers(outputs: Sequence[Signal]) -> Iterator[Layer]:
             stack.append((signal, True))
             stack.extend((s, False) for s in reversed(op.signals))
         elif not any(signal.constant is s.constant for s in op.signals):
-            before = _largest([s.constant for s in op.signals])
+            before = largest([s.constant for s in op.signals])
             name = "/".join(filter(None, [op.label, op.name]))
             constant = jnp.asarray(signal.constant)
             gain = jnp.where(before > 0, constant / jnp.where(before > 0, before, 1), 0)
             yield Layer(name, op.source, gain, constant)
-
-
-def _largest(constants: Sequence[Scalar]) -> Float[Array, ""]:
-    return jnp.max(jnp.stack([jnp.asarray(c, float) for c in constants]))

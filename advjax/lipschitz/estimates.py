@@ -100,7 +100,7 @@ def power_iteration(
     def step(carry):
         vectors, _, count = carry
         pairs, images = jax.vmap(operator.rayleigh)(vectors)
-        return jax.vmap(_unit)(images), pairs, count + 1
+        return jax.vmap(unit)(images), pairs, count + 1
 
     nothing = jax.eval_shape(jax.vmap(operator.rayleigh), starts)[0]
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing)
@@ -147,9 +147,7 @@ def lanczos(
     """
     num_starts = checks.positive_int("num_starts", num_starts)
     num_steps = checks.positive_int("num_steps", num_steps)
-    delta = checks.number("failure_probability", failure_probability, minimum=0, exclusive=True)
-    if delta >= 1:
-        raise ValueError(f"failure_probability: {failure_probability!r}, expected one below 1.")
+    delta = checks.share("failure_probability", failure_probability)
 
     pair, size = _lanczos(linear_fn, like, key, num_starts, num_steps)
     # As many steps as dimensions are exact, so that the theorem holds for any larger number too.
@@ -203,7 +201,7 @@ def _started(
 ) -> tuple[_Operator, Float[Array, "starts *shape"]]:
     """The scaled operator, and random unit vectors."""
     normal = jax.random.normal(key, (num, *like.shape), like.dtype)
-    starts = jax.vmap(_unit)(normal)
+    starts = jax.vmap(unit)(normal)
     scale = power_of_two(forward(starts[0]))
     return _Operator(lambda x: forward(x) / scale, lambda y: transpose(y / scale), scale), starts
 
@@ -247,7 +245,7 @@ def _krylov(operator: _Operator, start: Float[Array, "*shape"], num_steps: int) 
     basis, (diagonal, beta) = jax.lax.scan(step, basis, jnp.arange(num_steps))
     off = jnp.diag(beta[:-1], 1)
     _, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + off + off.T)
-    return operator.rayleigh(_unit(_dot(vectors[:, -1], basis).reshape(shape)))[0]
+    return operator.rayleigh(unit(_dot(vectors[:, -1], basis).reshape(shape)))[0]
 
 
 def _best(pairs: Pair) -> Pair:
@@ -259,7 +257,8 @@ def _dot(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _unit(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def unit(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """An array of length 1 in the same direction; 0 for 0."""
     norm = losses.l2(x)
     return x / jnp.where(norm > 0, norm, 1)
 

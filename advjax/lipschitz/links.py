@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
+from advjax.lipschitz.patterns import SELU_SLOPE
 from advjax.lipschitz.signals import Operation, Signal
 
 # Elementwise and nondecreasing, with the largest slope.
@@ -14,7 +15,7 @@ _SLOPES = {
     **dict.fromkeys(["add", "add_any", "sub", "copy", "copy_p", "stop_gradient"], 1.0),
     "logistic": 1 / 4,
     "erf": 2 / math.sqrt(math.pi) * (1 + 2.0**-23),
-    "selu": 1.75810,
+    "selu": SELU_SLOPE,
 }
 _ORDERED = ("clamp", "sub")  # nondecreasing in one of their operands only
 _SHIFTS = ("add", "add_any", "sub", "copy", "copy_p")

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from advjax.lipschitz.signals import Operation, Signal, concrete
+from advjax.lipschitz.walk import Context, walk
 
 Found = tuple[Operation, float] | None
 
@@ -34,6 +35,8 @@ def _as(op: Operation, name: str, signal: Signal, gain: float) -> Found:
 # Elementwise functions. Their largest slopes are those of a dense search, rounded up; the slope
 # has one smooth maximum each.
 
+SELU_SLOPE = 1.75810
+
 _SLOPES: dict[str, tuple[Callable, tuple[float, ...], Callable[..., float]]] = {
     "gelu": (lambda x: jax.nn.gelu(x, approximate=False), (), lambda: 1.12905),
     "gelu_tanh": (lambda x: jax.nn.gelu(x, approximate=True), (), lambda: 1.12905),
@@ -41,7 +44,7 @@ _SLOPES: dict[str, tuple[Callable, tuple[float, ...], Callable[..., float]]] = {
     "mish": (jax.nn.mish, (), lambda: 1.08855),
     "softplus": (jax.nn.softplus, (), lambda: 1.0),
     "elu": (jax.nn.elu, (0.5,), lambda alpha: max(1.0, abs(alpha))),
-    "selu": (jax.nn.selu, (), lambda: 1.75810),
+    "selu": (jax.nn.selu, (), lambda: SELU_SLOPE),
     "leaky_relu": (jax.nn.leaky_relu, (0.5,), lambda slope: max(1.0, abs(slope))),
     "hard_tanh": (jax.nn.hard_tanh, (), lambda: 1.0),
     "celu": (jax.nn.celu, (0.5,), lambda alpha: 1.0 if alpha > 0 else math.inf),
@@ -68,8 +71,6 @@ def _elementwise(op: Operation, like: Any) -> Found:
 @functools.lru_cache(maxsize=1024)
 def _reference(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Signal, list[Signal]]:
     """The function's result with what made it, and its arguments."""
-    from advjax.lipschitz.bound import Context, walk
-
     function, scalars, _ = _SLOPES[name]
     closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype), *scalars)
     leaves = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars]

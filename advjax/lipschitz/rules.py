@@ -19,6 +19,8 @@ from advjax.lipschitz.signals import Operation, Scalar, Signal, concrete
 
 Rule = Callable[[Operation], Scalar]
 
+ROUNDING = 1 + 2.0**-20  # more than the few roundings of one rule, in float32
+
 RULES: dict[str, Rule] = {}
 FUNCTION_RULES: dict[str, Rule] = {}
 
@@ -278,10 +280,11 @@ def _gather(op: Operation) -> Scalar:
     return jnp.sqrt(jnp.max(copies, initial=0)) * signal.constant
 
 
-_NONEXPANSIVE = """abs asinh atan clamp copy copy_p cos dynamic_slice neg pad
-    reduce_max reduce_min reshape rev sin slice sort split squeeze stop_gradient tanh transpose
+_NONEXPANSIVE = """
+    abs asinh atan copy copy_p cos dynamic_slice neg pad real reduce_max reduce_min
+    reduce_precision reshape rev sin slice sort split squeeze stop_gradient tanh transpose
     unstack
-    real reduce_precision"""
+"""
 
 RULES |= {name: _gain(1) for name in _NONEXPANSIVE.split()}
 RULES |= {

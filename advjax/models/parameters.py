@@ -10,6 +10,8 @@ import safetensors.flax
 from flax import traverse_util
 from jaxtyping import Array, PyTree
 
+from advjax import files
+
 
 def save(
     path: str | os.PathLike[str],
@@ -34,13 +36,7 @@ def save(
     """
     flat = {_name(keys): leaf for keys, leaf in jax.tree.leaves_with_path(params)}
     data = safetensors.flax.save(flat, metadata=dict(metadata) if metadata else None)
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_whole(Path(path), lambda file: file.write_bytes(data))
 
 
 def load(path: str | os.PathLike[str]) -> PyTree[Array]:

@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
 from advjax.attacks import AttackResult, Machine
+from advjax.files import write_whole
 from advjax.runner.lanes import Program
 
 _SECONDS = 1.0  # between two writes, and so what a kill can cost
@@ -25,8 +24,8 @@ _MANIFEST = "run.json"
 class Checkpoint:
     """A directory of finished images: `run.json` says of which run, each npz holds some of them.
 
-    Every file is written under another name and then renamed, so that it is there as a whole or not
-    at all. A file that was damaged nevertheless is left out, and its images are attacked again.
+    Every file is there as a whole or not at all. One that was damaged nevertheless is left out, and
+    its images are attacked again.
     """
 
     def __init__(self, directory: Path, run: dict[str, Any]) -> None:
@@ -39,7 +38,8 @@ class Checkpoint:
         if manifest.exists() or any(directory.glob("*.npz")):
             _compare(manifest, run)
         else:
-            _write(manifest, lambda file: file.write(json.dumps(run, indent=2).encode()))
+            text = json.dumps(run, indent=2)
+            write_whole(manifest, lambda file: file.write_text(text, encoding="utf-8"))
 
     def __enter__(self) -> "Checkpoint":
         return self
@@ -76,7 +76,7 @@ class Checkpoint:
         images, results = jax.tree.map(lambda *some: np.concatenate(some), *self._pending)
         # No two files have an image in common, unless one of them is damaged and to be replaced.
         path = self._directory / f"{images.min():09d}.npz"
-        _write(path, lambda file: np.savez(file, images=images, **results._asdict()))
+        write_whole(path, lambda file: np.savez(file, images=images, **results._asdict()))
         self._pending, self._written = [], time.monotonic()
 
 
@@ -153,15 +153,3 @@ def _read(path: Path, results: AttackResult) -> np.ndarray:
     for field, values in zip(results, found, strict=True):
         field[images] = values
     return images
-
-
-def _write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise

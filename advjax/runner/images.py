@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 
 from advjax import checks
 from advjax.attacks import AttackResult, Machine
+from advjax.progress import bar
 from advjax.runner.checkpoint import Checkpoint, fingerprint
-from advjax.runner.lanes import Program, attack_in_lanes
+from advjax.runner.lanes import Program, attack_in_lanes, lane
 
 _CPU_BYTES = 4 << 20  # of the lanes' states: about what stays in a core's cache
 _MEMORY_SHARE = 1 / 8  # of an accelerator's memory; the model's own activations need theirs
@@ -88,9 +89,11 @@ def attack_images(
             run = fingerprint(attack, program, xs, targets)
             checkpoint = stack.enter_context(Checkpoint(Path(directory), run))
             queue, add = np.setdiff1d(share, checkpoint.restore(results)), checkpoint.add
-        bar = None
+        shown = None
         if progress:
-            bar = stack.enter_context(_bar(progress, len(share), len(queue)))
+            title, done = progress if isinstance(progress, str) else None, len(share) - len(queue)
+            shown = bar(desc=title, total=len(share), initial=done, unit="image")
+            stack.enter_context(shown)
         for images, finished in attack_in_lanes(
             program, xs, targets, queue, devices=devices, batch_size=batch_size
         ):
@@ -98,8 +101,8 @@ def attack_images(
                 field[images] = values
             if add is not None:
                 add(images, finished)
-            if bar is not None:
-                bar.update(len(images))
+            if shown is not None:
+                shown.update(len(images))
     return _gather(results)
 
 
@@ -131,15 +134,9 @@ def _local_devices(mesh: Mesh | None) -> list[jax.Device]:
 
 def _shapes(program: Program, xs: np.ndarray) -> tuple[int, AttackResult]:
     """The bytes of one lane's state, and the results of all images, yet 0."""
-
-    def states(arrays, x, target):
-        machine = program._replace(arrays=arrays).machine()
-        state = machine.init(x, target)
-        return state, machine.result(state)
-
     example = jax.ShapeDtypeStruct(xs.shape[1:], jax.dtypes.canonicalize_dtype(xs.dtype))
     target = jax.ShapeDtypeStruct((), np.int32)
-    state, result = jax.eval_shape(states, program.arrays, example, target)
+    state, result = lane.eval_shape(program.static, program.arrays, example, target)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     # What a function that is no flat machine needs is not to be seen: assume as much as they do.
     size = max(size, _COPIES * math.prod(xs.shape[1:]) * example.dtype.itemsize)
@@ -152,17 +149,6 @@ def _default_batch_size(lane_bytes: int, device: jax.Device) -> int:
         stats = device.memory_stats() or {}
         budget = int(_MEMORY_SHARE * stats.get("bytes_limit", 8 << 30))
     return int(np.clip(budget // lane_bytes, *_BATCH_SIZES))
-
-
-def _bar(title: bool | str, total: int, remaining: int):
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "progress: True needs tqdm; pip install 'advjax[experiments]' or pass progress=False."
-        ) from error
-    desc = title if isinstance(title, str) else None
-    return tqdm(desc=desc, total=total, initial=total - remaining, unit="image")
 
 
 def _gather(results: AttackResult) -> AttackResult:

@@ -150,6 +150,19 @@ def attack_in_lanes(
         yield finished
 
 
+@functools.partial(jax.jit, static_argnames="static")
+def lane(
+    static: Any,
+    arrays: Sequence[Array | np.ndarray],
+    x: Float[Array, "*shape"],
+    target: Int[Array, ""],
+) -> tuple[PyTree[Array], AttackResult]:
+    """One lane before its first step, and its result; jitted, so that its shapes are kept."""
+    machine = Program(static, arrays).machine()
+    state = machine.init(x, target)
+    return state, machine.result(state)
+
+
 @functools.partial(jax.jit, static_argnames=("static", "mesh", "batch_size"))
 def _start(
     static: Any,
@@ -161,14 +174,14 @@ def _start(
     batch_size: int,
 ) -> PyTree[Array]:
     """Lanes before the first turn, all of the same image: no state is made of nothing."""
-    lane = Program(static, arrays).machine().init(x, target)
+    state = Program(static, arrays).machine().init(x, target)
     split = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def spread(leaf):
         lanes = jnp.broadcast_to(leaf, (batch_size * mesh.size, *leaf.shape))
         return jax.lax.with_sharding_constraint(lanes, split)
 
-    return jax.tree.map(spread, lane)
+    return jax.tree.map(spread, state)
 
 
 @functools.partial(jax.jit, static_argnames=("static", "mesh"), donate_argnames="lanes")

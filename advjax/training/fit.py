@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from advjax import checks, losses
+from advjax.progress import bar
 from advjax.training.penalties import BATCH, Penalty
 
 
@@ -124,7 +125,7 @@ def fit(
     converged = False
     epoch_keys: Any = jax.random.split(key, epochs)
     if progress:
-        epoch_keys = _progress_bar(epoch_keys)
+        epoch_keys = bar(epoch_keys, unit="epoch")
     for epoch_key in epoch_keys:
         params, state, value = run_epoch(params, state, epoch_key)
         history.append(float(value))
@@ -141,13 +142,3 @@ def _has_converged(history: list[float], tol: float, patience: int) -> bool:
         return False
     before, recent = np.min(history[:-patience]), np.min(history[-patience:])
     return bool(recent > before - tol * abs(before))  # False for NaN
-
-
-def _progress_bar(iterable: Any) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "progress: True needs tqdm; pip install 'advjax[experiments]' or pass progress=False."
-        ) from error
-    return tqdm(iterable, unit="epoch")

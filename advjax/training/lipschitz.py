@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from advjax import checks, losses
 from advjax.lipschitz.bound import linear_layers
 from advjax.lipschitz.convolution import Convolution
+from advjax.lipschitz.estimates import unit
 from advjax.lipschitz.norms import Dense
 
 Layer = Dense | Convolution
@@ -118,12 +119,7 @@ def _iterate(layer: Layer, num_steps: int, kernel: Array, vector: Array) -> Arra
     transpose = jax.linear_transpose(forward, vector)
 
     def step(_, vector):
-        (image,) = transpose(_unit(forward(vector)))
-        return _unit(image)
+        (image,) = transpose(unit(forward(vector)))
+        return unit(image)
 
-    return jax.lax.fori_loop(0, num_steps, step, _unit(vector), unroll=num_steps <= 2)
-
-
-def _unit(x: Array) -> Array:
-    length = losses.l2(x)
-    return x / jnp.where(length > 0, length, 1)
+    return jax.lax.fori_loop(0, num_steps, step, unit(vector), unroll=num_steps <= 2)

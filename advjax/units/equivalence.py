@@ -59,9 +59,7 @@ def equivalence_test(
     if effects.ndim != 1 or len(effects) < 2:
         raise ValueError(f"effects: shape {effects.shape}, expected (seeds,) of at least 2 seeds.")
     margin = checks.number("margin", margin, minimum=0, exclusive=True)
-    confidence = checks.number("confidence", confidence, minimum=0, exclusive=True)
-    if confidence >= 1:
-        raise ValueError(f"confidence: {confidence}, expected a number below 1, such as 0.95.")
+    confidence = checks.share("confidence", confidence)
     freedom = len(effects) - 1
     mean = jnp.mean(effects)
     error = jnp.std(effects, ddof=1) / math.sqrt(len(effects))

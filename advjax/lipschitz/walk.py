@@ -1,0 +1,142 @@
+"""The walk over a jaxpr from its arguments to its results, whatever is done on the way."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core, source_info_util
+from jaxtyping import Array, Float
+
+from advjax.lipschitz.rules import FUNCTION_RULES, ROUNDING, RULES
+from advjax.lipschitz.signals import Operation, Scalar, Signal, concrete
+
+_CALLS = {  # primitives that only call a jaxpr, and the parameter that holds it
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+}
+
+
+class Context(NamedTuple):
+    """Where a jaxpr is called, and what is done with its operations."""
+
+    apply: Callable[[Operation, Sequence[Any], dict], Sequence[Any]]
+    label: str = ""
+    source: str = ""
+
+
+def walk(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -> list[Any]:
+    """The results of a jaxpr, each a `Signal` or, if no argument that is one matters, an array."""
+    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    env |= dict(zip(closed.jaxpr.invars, args, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for eqn in closed.jaxpr.eqns:
+        here = context._replace(
+            label="/".join(filter(None, [context.label, str(eqn.source_info.name_stack)])),
+            # Inside a function that jax has traced before, the line is that of the call.
+            source=source_info_util.summarize(eqn.source_info) or context.source,
+        )
+        results = _evaluate(eqn, [read(atom) for atom in eqn.invars], here)
+        env |= dict(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in closed.jaxpr.outvars]
+
+
+def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequence[Any]:
+    name, params = eqn.primitive.name, eqn.params
+    known = not any(isinstance(x, Signal) for x in inputs)
+    function = params.get("name") if name in _CALLS else None
+    if name in _CALLS and (known or function not in FUNCTION_RULES):
+        return walk(_closed(params[_CALLS[name]]), inputs, context)
+    if known:
+        return _constants(eqn, inputs)
+    if name == "scan":
+        return _scan(params, inputs, context)
+    if name == "cond" and not isinstance(inputs[0], Signal) and concrete(inputs[0]):
+        branches = params["branches"]
+        branch = branches[min(max(int(inputs[0]), 0), len(branches) - 1)]
+        return walk(branch, inputs[1:], context)
+    avals: list[Any] = [v.aval for v in eqn.outvars]
+    op = Operation(
+        name=function or name,
+        inputs=tuple(inputs),
+        params=params,
+        shape=avals[0].shape,
+        label=context.label,
+        source=context.source,
+    )
+    return context.apply(op, avals, FUNCTION_RULES if function else RULES)
+
+
+def _constants(eqn: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any]:
+    """The results of an operation that the input does not reach."""
+
+    def evaluate():
+        out = eqn.primitive.bind(*inputs, **eqn.params)
+        return out if eqn.primitive.multiple_results else [out]
+
+    if concrete(*inputs):  # known now, even while a function around `bound` is traced
+        with jax.ensure_compile_time_eval():
+            return evaluate()
+    return evaluate()
+
+
+def _closed(jaxpr: Any) -> core.ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
+    """A loop of fixed length, unrolled."""
+    if "ft_in" in params:  # since jax 0.12
+        num_consts, num_carry, _ = map(len, params["ft_in"].unpack())
+    else:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+    split = num_consts, num_consts + num_carry
+    consts, carry, xs = inputs[: split[0]], inputs[split[0] : split[1]], inputs[split[1] :]
+    steps = range(params["length"])
+    rows = []
+    for step in reversed(steps) if params["reverse"] else steps:
+        here = [_row(x, step) for x in xs]
+        results = walk(params["jaxpr"], [*consts, *carry, *here], context)
+        carry, row = results[: len(carry)], results[len(carry) :]
+        rows.append(row)
+    rows = rows[::-1] if params["reverse"] else rows
+    # Results that each come from one row, and from nothing else, move as their row does.
+    shared = [x for x in [*inputs[: split[1]], *carry] if isinstance(x, Signal)]
+    apart = not shared and sum(isinstance(x, Signal) for x in xs) == 1
+    columns = zip(*rows, strict=True)
+    return [*carry, *(_stacked(column, context, apart=apart) for column in columns)]
+
+
+def _row(x: Any, step: int) -> Any:
+    if isinstance(x, Signal):
+        op = Operation("slice", (x,), {"step": step}, x.shape[1:])
+        # The same constant, computed no more often than once.
+        return Signal(x.shape[1:], x.dtype, lambda: x.constant, op, op, x.reason)
+    return x[step]
+
+
+def _stacked(column: Sequence[Any], context: Context, *, apart: bool) -> Any:
+    signals = [x for x in column if isinstance(x, Signal)]
+    if not signals:
+        return jnp.stack(column)
+    shape = (len(column), *column[0].shape)
+    op = Operation("stack", tuple(column), {}, shape, context.label, context.source)
+    reason = next((s.reason for s in signals if s.reason), "")
+    constant = largest([s.constant for s in signals]) if apart else RULES["stack"](op) * ROUNDING
+    return Signal(shape, signals[0].dtype, constant, op, op, reason)
+
+
+def largest(constants: Sequence[Scalar]) -> Float[Array, ""]:
+    """The largest of constants, at least one."""
+    return jnp.max(jnp.stack([jnp.asarray(c, float) for c in constants]))
