@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from advjax import metrics
 
@@ -136,6 +136,55 @@ def distorted_pairs(
     return sheet.figure
 
 
+def top_images_grid(
+    images: Float[ArrayLike, " n *shape"],
+    indices: Int[ArrayLike, "m k"],
+    *,
+    names: Iterable[object] | None = None,
+) -> "Figure":
+    """Draw the images that go farthest along each direction, a row for each direction.
+
+    Args:
+        images: All images, as in `adversarial_grid`.
+        indices: Which of them to draw, the farthest first, as in `units.TopImages`.
+        names: What to call each direction, at the left of its row.
+
+    Returns:
+        A figure.
+
+    Raises:
+        ValueError: If the shapes are not those, an index has no image, or there is not one name for
+            each direction.
+        ImportError: If Matplotlib is not installed.
+
+    Source: Szegedy et al. (2013), figures 1 to 4.
+    """
+    images, indices = _images(images), np.asarray(indices)
+    if indices.ndim != 2 or not indices.size or indices.min() < 0 or indices.max() >= len(images):
+        raise ValueError(
+            f"indices: shape {indices.shape}, expected a row of indices into the {len(images)} "
+            "images for each direction."
+        )
+    titles = [""] * len(indices) if names is None else list(map(str, names))
+    if len(titles) != len(indices):
+        raise ValueError(
+            f"names: {len(titles)} for {len(indices)} directions, expected one for each."
+        )
+    height, width = _cell(images, _CELL // 2)
+    side = 88 if any(titles) else _MARGIN
+    sheet = _Sheet.empty(
+        side + indices.shape[1] * (width + _GAP) - _GAP + _MARGIN,
+        2 * _MARGIN + len(indices) * (height + _GAP) - _GAP,
+    )
+    for i, (title, row) in enumerate(zip(titles, indices, strict=True)):
+        y = _MARGIN + i * (height + _GAP)
+        sheet.text(side - 6, y + height / 2, title, ha="right")
+        for j, index in enumerate(row):
+            x = side + j * (width + _GAP)
+            sheet.image(x, y, np.clip(images[index], 0, 1), (height, width), "gray")
+    return sheet.figure
+
+
 class _Sheet(NamedTuple):
     """A figure addressed in pixels, from the top left."""
 
@@ -176,8 +225,17 @@ class _Sheet(NamedTuple):
 def _image_pair(
     name: str, images: Float[ArrayLike, " n *shape"], others: Float[ArrayLike, " n *shape"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both as `(n, height, width)`, or `(n, height, width, 3)` if RGB."""
+    """Both as `_images` gives them; an error unless they are of one shape."""
     images, others = np.asarray(images), np.asarray(others)
+    drawable = _images(images)
+    if others.shape != images.shape:
+        raise ValueError(f"{name}: shape {others.shape}, expected {images.shape}, that of images.")
+    return drawable, others.reshape(drawable.shape)
+
+
+def _images(images: Float[ArrayLike, " n *shape"]) -> np.ndarray:
+    """The images as `(n, height, width)`, or `(n, height, width, 3)` if RGB."""
+    images = np.asarray(images)
     grey = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)
     rgb = images.ndim == 4 and images.shape[-1] == 3
     if images.size == 0 or not (grey or rgb):
@@ -185,11 +243,7 @@ def _image_pair(
             f"images: shape {images.shape}, expected (n, height, width), (n, height, width, 1) or "
             "(n, height, width, 3) with n of at least 1; for one image pass image[None]."
         )
-    if others.shape != images.shape:
-        raise ValueError(f"{name}: shape {others.shape}, expected {images.shape}, that of images.")
-    if grey:
-        images, others = (array.reshape(array.shape[:3]) for array in (images, others))
-    return images, others
+    return images.reshape(images.shape[:3]) if grey else images
 
 
 def _columns(

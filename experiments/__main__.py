@@ -12,7 +12,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EXPERIMENTS = ("quickstart", "attack", "table1", "figure7", "benchmark", "throughput")
+EXPERIMENTS = (
+    "quickstart",
+    "attack",
+    "report",
+    "table1",
+    "table2",
+    "table3",
+    "table4",
+    "fgsm",
+    "figure1",
+    "rotation",
+    "figure7",
+    "benchmark",
+    "throughput",
+)
 
 
 def overview() -> str:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from advjax import attacks, runner
-from experiments import nets, report
+from experiments import nets, results
 
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
 
@@ -22,7 +22,7 @@ def main(
     net: str = "FC100-100-10",
     images: int = 2000,
     seed: int = 0,
-    source: report.Source = "auto",
+    source: results.Source = "auto",
     out: Path = Path("results/attack"),
     quick: bool = False,
 ) -> None:
@@ -37,7 +37,7 @@ def main(
         out: The folder for the results, and for what is finished until then.
         quick: Fewer steps and digits, of the sample: seconds, for a trial.
     """
-    train, test = report.mnist("embedded" if quick else source)
+    train, test = results.load("mnist", source, quick=quick)
     victim = nets.load_or_train(
         net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
     )
@@ -63,12 +63,12 @@ def main(
         rows.append(
             (
                 name,
-                report.percent(float(result.success.mean())),
+                results.percent(float(result.success.mean())),
                 f"{result.distortion.mean():.5f}",
                 f"{result.num_evals.mean():.1f}",
             )
         )
     print(f"\n{net}, {len(chosen.images)} test images that it gets right:\n")
-    print(report.table(("attack", "success", "mean distortion", "evaluations"), rows))
+    print(results.table(("attack", "success", "mean distortion", "evaluations"), rows))
     print()
-    print(report.saved(files))
+    print(results.saved(files))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from advjax import attacks, losses, metrics, runner, solvers
-from experiments import foolbox_peers, nets, report
+from experiments import foolbox_peers, nets, results
 from experiments.peers import Outcome, Way, scipy_lbfgs
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def main(
     images: int = 2000,
     peers: bool = False,
     seed: int = 0,
-    source: report.Source = "auto",
+    source: results.Source = "auto",
     out: Path = Path("results"),
     quick: bool = False,
 ) -> None:
@@ -69,7 +69,7 @@ def main(
     """
     if peers:
         foolbox_peers.require()
-    train, test = report.mnist("embedded" if quick else source)
+    train, test = results.load("mnist", source, quick=quick)
     victim = nets.load_or_train(
         net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
     )
@@ -102,7 +102,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     figure, numbers = (out / f"benchmark.{end}" for end in ("png", "json"))
     draw(rows, title=f"{net} on MNIST, {few} images").savefig(figure)
-    report.save_json(
+    results.save_json(
         numbers,
         {
             "experiment": "benchmark",
@@ -115,7 +115,7 @@ def main(
         },
     )
     print()
-    print(report.saved({figure: "the gap against the evaluations", numbers: "the numbers above"}))
+    print(results.saved({figure: "the gap against the evaluations", numbers: "the numbers above"}))
 
 
 # --- the ways of attacking -------------------------------------------------------------------
@@ -173,12 +173,12 @@ def one_by_one(
     run = jax.jit(attack)
     jax.block_until_ready(run(logits_fn, xs[0], targets[0]))
     start = time.perf_counter()
-    results = [
+    found = [
         jax.block_until_ready(run(logits_fn, x, target))
         for x, target in zip(xs, targets, strict=True)
     ]
     seconds = time.perf_counter() - start
-    return _outcome(jax.tree.map(lambda *leaves: np.stack(leaves), *results), seconds / len(xs))
+    return _outcome(jax.tree.map(lambda *leaves: np.stack(leaves), *found), seconds / len(xs))
 
 
 def scipy_loop(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> Outcome:
@@ -187,12 +187,12 @@ def scipy_loop(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> Outcome:
         attack = scipy_lbfgs(_in_double(net))
         attack(xs[0], int(targets[0]))
         start = time.perf_counter()
-        results = [attack(x, int(target)) for x, target in zip(xs, targets, strict=True)]
+        found = [attack(x, int(target)) for x, target in zip(xs, targets, strict=True)]
         seconds = time.perf_counter() - start
     return Outcome(
-        x_adv=np.stack([result.x_adv for result in results]),
-        success=np.array([result.success for result in results]),
-        num_evals=np.array([result.num_evals for result in results]),
+        x_adv=np.stack([result.x_adv for result in found]),
+        success=np.array([result.success for result in found]),
+        num_evals=np.array([result.num_evals for result in found]),
         seconds=seconds / len(xs),
     )
 
@@ -207,7 +207,7 @@ def compare(
     targets: np.ndarray,
     *,
     gradient: float,
-) -> list[report.Row]:
+) -> list[results.Row]:
     """One row for each way of attacking.
 
     Distortion and gap are means over those of the first images, which all ways took, that this one
@@ -274,9 +274,9 @@ def time_of_a_gradient(
     return min(_seconds(value_and_grad, *arguments) for _ in range(repeats)) / len(xs)
 
 
-def table(rows: Sequence[report.Row]) -> str:
+def table(rows: Sequence[results.Row]) -> str:
     """The rows as text; `slower` is beside the first of them."""
-    return report.table(
+    return results.table(
         (
             "attack",
             "success",
@@ -292,8 +292,8 @@ def table(rows: Sequence[report.Row]) -> str:
         (
             (
                 row["attack"],
-                report.percent(row["success"]),
-                report.percent(row["success_in_float64"]),
+                results.percent(row["success"]),
+                results.percent(row["success_in_float64"]),
                 "-" if row["distortion"] is None else f"{row['distortion']:.5f}",
                 "-" if row["gap"] is None else f"{100 * row['gap']:.3f} %",
                 f"{row['evaluations']:,.1f}",
@@ -307,7 +307,7 @@ def table(rows: Sequence[report.Row]) -> str:
     )
 
 
-def draw(rows: Sequence[report.Row], *, title: str) -> "Figure":
+def draw(rows: Sequence[results.Row], *, title: str) -> "Figure":
     """The gap against the evaluations, of the ways that had success with every image."""
     from matplotlib.figure import Figure
 

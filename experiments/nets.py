@@ -17,6 +17,7 @@ import functools
 import hashlib
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from advjax import data, losses, models, training
+from advjax import attacks, data, losses, models, runner, training
 from advjax.data import cache
 
 
@@ -186,6 +187,30 @@ def random_victims(key: Key[Array, ""], split: data.Dataset, count: int) -> Vict
     labels = split.labels[indices]
     shifts = np.asarray(jax.random.randint(target_key, split.labels.shape, 1, 10))[: len(labels)]
     return Victims(indices, split.images[indices], labels, (labels + shifts) % 10)
+
+
+def attack_every_class(
+    attack: Callable[..., attacks.AttackResult],
+    name: str,
+    logits_fn: jax.tree_util.Partial,
+    images: Float[np.ndarray, "n *shape"],
+    labels: Int[np.ndarray, " n"],
+) -> attacks.AttackResult:
+    """The nearest of the nine other classes, as `attacks.untargeted` takes it, with a bar.
+
+    With a lane of the runner for each target it takes a fraction of the time, as no image waits for
+    the slowest of its targets.
+    """
+    classes = np.arange(10)
+    others = np.stack([classes[classes != label] for label in labels])
+    every = runner.attack_images(
+        functools.partial(attack, logits_fn),
+        np.repeat(images, 9, axis=0),
+        others.ravel(),
+        progress=f"{name}: {attack.__name__}, every class",
+    )
+    nearest = np.where(every.success, every.distortion, np.inf).reshape(-1, 9).argmin(axis=1)
+    return jax.tree.map(lambda leaf: leaf[9 * np.arange(len(labels)) + nearest], every)
 
 
 def _recipe(name: str) -> Recipe:

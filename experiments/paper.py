@@ -1,4 +1,4 @@
-"""The numbers that the paper prints in its Tables 1 to 5, as plain data.
+"""The numbers that the paper prints in its Tables 1 to 5, and two of later papers, as plain data.
 
 Errors and shares are in percent, distortions are RMS per pixel with pixels in [0, 1]. The keys
 name the networks as the paper does; a prime marks the same network trained on the other half.
@@ -111,3 +111,33 @@ TABLE5: dict[str, Table5] = {
 
 FIGURE7_GAUSSIAN_ACCURACY = 51.0
 """Percent right under Gaussian noise of stddev 1; not told of which network."""
+
+
+class FastGradient(NamedTuple):
+    """A net under the fast gradient sign method: percent."""
+
+    epsilon: float
+    error: float
+    confidence: float
+    """The mean probability of the wrong class."""
+
+
+FAST_GRADIENT: dict[str, FastGradient] = {
+    "shallow softmax": FastGradient(0.25, 99.9, 79.3),
+    "maxout": FastGradient(0.25, 89.4, 97.6),
+}
+"""On MNIST's test set; Goodfellow, Shlens and Szegedy (2014), arXiv:1412.6572, section 4."""
+
+
+class Robustness(NamedTuple):
+    """A net's mean `|r| / |x|` by two attacks."""
+
+    lbfgs: float
+    fast_gradient: float
+
+
+ROBUSTNESS: dict[str, Robustness] = {
+    "LeNet": Robustness(0.25, 1.0),
+    "FC500-150-10": Robustness(0.12, 0.39),
+}
+"""On MNIST; Moosavi-Dezfooli, Fawzi and Frossard (2016), arXiv:1511.04599, Table 1."""

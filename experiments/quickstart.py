@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from advjax import attacks, metrics, models, plots, runner
-from experiments import nets, report
+from experiments import nets, results
 
 NET = "FC100-100-10"
 ATTACKS = (attacks.lbfgs, attacks.minimum_norm)
@@ -23,7 +23,7 @@ ATTACKS = (attacks.lbfgs, attacks.minimum_norm)
 def main(
     *,
     seed: int = 0,
-    source: report.Source = "auto",
+    source: results.Source = "auto",
     out: Path = Path("results"),
     quick: bool = False,
 ) -> None:
@@ -36,7 +36,7 @@ def main(
         out: The folder for the figure, the net and the numbers.
         quick: Fewer steps and digits, of the sample: seconds, for a trial.
     """
-    train, test = report.mnist("embedded" if quick else source)
+    train, test = results.load("mnist", source, quick=quick)
     net_key, noise_key = jax.random.split(jax.random.key(seed))
     net = nets.load_or_train(
         NET, train.images, train.labels, key=net_key, steps=500 if quick else None
@@ -45,21 +45,21 @@ def main(
     train_error = metrics.error_rate(logits_fn, train.images, train.labels)
     test_error = metrics.error_rate(logits_fn, test.images, test.labels)
     print(
-        f"{NET} gets {report.percent(train_error)} of the training images wrong "
-        f"and {report.percent(test_error)} of the test images.\n",
+        f"{NET} gets {results.percent(train_error)} of the training images wrong "
+        f"and {results.percent(test_error)} of the test images.\n",
         flush=True,
     )
 
     chosen = nets.victims(net, test, 32 if quick else 100)
     images, labels, targets = chosen.images, chosen.labels, chosen.targets
 
-    rows, results = [], {}
+    rows, found = [], {}
     for attack in ATTACKS:
         name = attack.__name__
         result = runner.attack_images(
             functools.partial(attack, logits_fn), images, targets, progress=name
         )
-        results[name] = result
+        found[name] = result
         size = result.distortion[:, None, None, None]
         noisy = images + size * np.asarray(jax.random.normal(noise_key, images.shape))
         rows.append(
@@ -77,12 +77,12 @@ def main(
 
     out.mkdir(parents=True, exist_ok=True)
     figure, params, numbers = (out / f"quickstart.{end}" for end in ("png", "safetensors", "json"))
-    shown = results["minimum_norm"]
+    shown = found["minimum_norm"]
     plots.adversarial_grid(
         images[:8], shown.x_adv[:8], labels=labels[:8], predictions=shown.prediction[:8]
     ).savefig(figure)
     models.save(params, net.params, metadata={"net": NET, "data": train.source, "seed": str(seed)})
-    report.save_json(
+    results.save_json(
         numbers,
         {
             "experiment": "quickstart",
@@ -97,7 +97,7 @@ def main(
     )
     print()
     print(
-        report.saved(
+        results.saved(
             {
                 figure: "8 digits, the difference magnified, and the adversarial images",
                 params: "the net's parameters",
@@ -107,9 +107,9 @@ def main(
     )
 
 
-def table(rows: list[report.Row]) -> str:
+def table(rows: list[results.Row]) -> str:
     """The rows as text; distortion is the RMS per pixel."""
-    return report.table(
+    return results.table(
         (
             "attack",
             "success",
@@ -121,11 +121,11 @@ def table(rows: list[report.Row]) -> str:
         (
             (
                 row["attack"],
-                report.percent(row["success"]),
+                results.percent(row["success"]),
                 f"{row['mean_distortion']:.5f}",
                 f"{row['median_distortion']:.5f}",
                 f"{row['evaluations']:.1f}",
-                report.percent(row["noise_error"]),
+                results.percent(row["noise_error"]),
             )
             for row in rows
         ),

@@ -1,84 +1,105 @@
-"""How the experiments print and save what they found."""
+"""All of these beside the paper's numbers (every table; 90 min; MNIST or a sample).
 
-import json
-import sys
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+Runs each experiment, or takes the numbers that are in the folder already where they are of the same
+options, and writes REPORT.md from the JSON files alone: first the paper's claims and what became of
+them, then each experiment with its method, its numbers and the command that makes them.
+"""
+
+import importlib
+import inspect
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Key
+from advjax import files
+from experiments import results
 
-from advjax import data
+ELSEWHERE = (
+    results.Claim(
+        "A detector on the features of a large unsupervised net is misled too",
+        "Figure 6, QuocNet",
+        "its weights were never published",
+        "cannot be tested here",
+    ),
+)
+"""Claims of the paper that no experiment speaks of."""
 
-Source = Literal["auto", "tfds", "embedded"]
-Row = dict[str, Any]
-"""A row of a table, as it goes into the JSON file."""
-
-
-def mnist(source: Source) -> tuple[data.Dataset, data.Dataset]:
-    """Loads the training and the test digits, both from one source, and says which."""
-    with warnings.catch_warnings(record=True) as caught:
-        train = data.load("mnist", "train", source=source)
-    for warning in caught:
-        print(f"Note: {warning.message}", file=sys.stderr)
-    test = data.load("mnist", "test", source="tfds" if train.source == "tfds" else "embedded")
-    where = {"tfds": "the full set", "embedded": "the sample inside the package"}[train.source]
-    print(
-        f"MNIST, {where}: {len(train.labels):,} training and {len(test.labels):,} test images.",
-        flush=True,
-    )
-    return train, test
+SECTIONS = ("table1", "table2", "table3", "table4", "fgsm", "figure1", "rotation", "figure7")
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lays out cells in columns, the first column to the left and the others to the right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def percent(share: float) -> str:
-    """A share in [0, 1] as percent: "1.64 %"."""
-    return f"{100 * share:.2f} %"
-
-
-def bootstrap(
-    key: Key[Array, ""], values: Float[ArrayLike, " n"], *, resamples: int = 10_000
-) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean.
+def main(
+    *,
+    dataset: results.Name = "mnist",
+    source: results.Source = "auto",
+    out: Path = Path("results"),
+    quick: bool = False,
+    fresh: bool = False,
+) -> None:
+    """Runs the experiments of the report that have not been run, and writes it.
 
     Args:
-        key: For the resampling.
-        values: A sample.
-        resamples: How often to resample it.
-
-    Returns:
-        The lower and the upper end.
+        dataset: The data set.
+        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
+            the first of both that can be had.
+        out: The folder for the numbers, the figures and REPORT.md.
+        quick: Each experiment in its quick form: ten minutes, for a trial.
+        fresh: Whether to measure anew what is in the folder already.
     """
-    values = jnp.asarray(values)
-    means = jnp.mean(jax.random.choice(key, values, (resamples, len(values))), axis=1)
-    low, high = jnp.quantile(means, jnp.array([0.025, 0.975]))
-    return float(low), float(high)
+    modules = [importlib.import_module(f"experiments.{name}") for name in SECTIONS]
+    contents = []
+    for module in modules:
+        print(f"\n{name_of(module)}\n", flush=True)
+        contents.append(
+            module.main(dataset=dataset, source=source, out=out, quick=quick, reuse=not fresh)
+        )
+    text = compose(list(zip(modules, contents, strict=True)))
+    path = out / "REPORT.md"
+    files.write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+    print()
+    print(results.saved({path: "the report"}))
 
 
-def save_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes the numbers, beside the versions that gave them."""
-    made_with = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    path.write_text(json.dumps({**content, "made_with": made_with}, indent=2) + "\n")
+def compose(sections: list[tuple[ModuleType, dict[str, Any]]]) -> str:
+    """The report, of modules and what they saved."""
+    claims = [claim for module, content in sections for claim in module.claims(content)]
+    claims += ELSEWHERE
+    table = results.table(
+        ("the paper's claim", "its evidence", "ours", "verdict"),
+        [(claim.claim, claim.paper, claim.ours, f"**{claim.verdict}**") for claim in claims],
+    )
+    parts = [
+        "# The paper's results, measured again",
+        "[Intriguing properties of neural networks](https://arxiv.org/abs/1312.6199) (Szegedy et "
+        "al., 2013). Made by `python -m experiments report` from the JSON files beside it; numbers "
+        "in square brackets are 95 % intervals over seeds, each of which trains the nets anew and "
+        "draws other images; numbers in round brackets are the paper's, with ✓ where they agree "
+        "within the intervals of both and ✗ where not.",
+        "## The claims",
+        table,
+    ]
+    for module, content in sections:
+        summary, _, method = (inspect.getdoc(module) or "").partition("\n\n")
+        parts += [
+            f"## {summary.partition(' (')[0]}",
+            method,
+            module.describe(content),
+            provenance(name_of(module), content),
+        ]
+    return "\n\n".join(parts) + "\n"
 
 
-def saved(files: Mapping[Path, str]) -> str:
-    """Says where everything was saved, and what it is."""
-    width = max(len(str(path)) for path in files)
-    return "\n".join(["Saved", *(f"  {path!s:{width}}  {what}" for path, what in files.items())])
+def provenance(name: str, content: dict[str, Any]) -> str:
+    """The command, the data, the seeds and the time of an experiment."""
+    config = content["config"]
+    made_with = content["made_with"]
+    return (
+        f"<sub>`{content['command']}`; {config['dataset']} ({config['source']}); seeds 0 to "
+        f"{config['seeds'] - 1}; {content['minutes']:.1f} min on {made_with['device']}, "
+        f"jax {made_with['jax']}; [{name}.json]({name}.json). Nets that an earlier experiment "
+        "trained are not trained again.</sub>"
+    )
+
+
+def name_of(module: ModuleType) -> str:
+    """The experiment's name on the command line."""
+    return module.__name__.rpartition(".")[2]

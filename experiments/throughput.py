@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from advjax import attacks, runner
-from experiments import nets, report
+from experiments import nets, results
 from experiments.benchmark import BATCH_SIZE, time_of_a_gradient, timed, vmapped
 
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
@@ -31,7 +31,7 @@ def main(
     images: int = 2000,
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256),
     seed: int = 0,
-    source: report.Source = "auto",
+    source: results.Source = "auto",
     out: Path = Path("results"),
     quick: bool = False,
 ) -> None:
@@ -47,7 +47,7 @@ def main(
         out: The folder for the numbers.
         quick: Fewer steps, sizes and digits, of the sample: seconds, for a trial.
     """
-    train, test = report.mnist("embedded" if quick else source)
+    train, test = results.load("mnist", source, quick=quick)
     victim = nets.load_or_train(
         net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
     )
@@ -55,7 +55,7 @@ def main(
     xs, targets = chosen.images, chosen.targets
     gradient = time_of_a_gradient(victim.logits_fn, xs[:BATCH_SIZE], targets[:BATCH_SIZE])
 
-    rows: list[report.Row] = []
+    rows: list[results.Row] = []
     for attack in ATTACKS:
         for batch_size in batch_sizes[:1] if quick else batch_sizes:
             for way, run in (
@@ -86,7 +86,7 @@ def main(
     print(table(rows))
     out.mkdir(parents=True, exist_ok=True)
     numbers = out / "throughput.json"
-    report.save_json(
+    results.save_json(
         numbers,
         {
             "experiment": "throughput",
@@ -100,7 +100,7 @@ def main(
         },
     )
     print()
-    print(report.saved({numbers: "the numbers above"}))
+    print(results.saved({numbers: "the numbers above"}))
 
 
 def lanes(
@@ -128,15 +128,15 @@ def fixed_batches(
 
     def attack_images(xs, targets):
         order = np.resize(np.arange(len(xs)), (-(-len(xs) // batch_size), batch_size))
-        results = [jax.device_get(run(logits_fn, xs[batch], targets[batch])) for batch in order]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(xs)], *results)
+        found = [jax.device_get(run(logits_fn, xs[batch], targets[batch])) for batch in order]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(xs)], *found)
 
     return attack_images
 
 
-def table(rows: list[report.Row]) -> str:
+def table(rows: list[results.Row]) -> str:
     """The rows as text, a line for each attack and batch size."""
-    return report.table(
+    return results.table(
         (
             "attack",
             "batch size",

@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from advjax import data, models
+from advjax import attacks, data, models
 from experiments import __main__ as command
 from experiments import (
     attack,
     benchmark,
-    figure7,
     nets,
     paper,
     quickstart,
-    report,
+    results,
     table1,
+    table2,
     throughput,
+    transfers,
 )
 from experiments.peers import Outcome, Way
 
@@ -59,7 +60,7 @@ def test_quickstart_trains_attacks_draws_and_saves(tmp_path, capsys):
     assert numbers["data"] == "embedded"
     assert "the sample inside the package" in printed
     assert numbers["train_error"] < numbers["test_error"] < 0.1
-    assert report.percent(numbers["test_error"]) in printed
+    assert results.percent(numbers["test_error"]) in printed
 
     lbfgs, minimum_norm = numbers["rows"]
     assert [lbfgs["attack"], minimum_norm["attack"]] == ["lbfgs", "minimum_norm"]
@@ -82,33 +83,70 @@ def test_quickstart_trains_attacks_draws_and_saves(tmp_path, capsys):
 
 def test_table1_lays_errors_and_distortions_beside_the_papers(tmp_path, capsys):
     numbers, printed = run(table1.main, tmp_path, capsys)
-    assert table1.table(numbers["rows"]) in printed
-    assert [row["net"] for row in numbers["rows"]] == ["FC10(1e-4)", "FC100-100-10"]
-    for row in numbers["rows"]:
-        assert row["paper"] == paper.TABLE1[row["net"]]._asdict()
-        for measured in row["attacks"].values():
-            low, high = measured["interval"]
-            assert low < measured["distortion"] < high
-            assert 0.02 < measured["distortion"] < 0.2
-            assert measured["success"] == 1
-            assert f"{measured['distortion']:.4f} [{low:.4f}, {high:.4f}]" in printed
-        lbfgs, minimum_norm = (row["attacks"][name] for name in ("lbfgs", "minimum_norm"))
-        assert minimum_norm["distortion"] <= 1.001 * lbfgs["distortion"]
-    linear, sigmoid = numbers["rows"]
-    assert 0.05 < sigmoid["test_error"] < linear["test_error"] < 0.12
+    description = table1.describe(numbers)
+    assert description in printed
+    for run_ in numbers["runs"]:
+        assert [row["net"] for row in run_["rows"]] == ["FC10(1e-4)", "FC100-100-10"]
+        for row in run_["rows"]:
+            lbfgs, minimum_norm = (row["attacks"][name] for name in ("lbfgs", "minimum_norm"))
+            for measured in (lbfgs, minimum_norm):
+                assert measured["success"] == 1
+                assert 0.02 < measured["nearest_256"] < 0.7 * measured["distortion"] < 0.14
+            assert minimum_norm["distortion"] <= 1.001 * lbfgs["distortion"]
+        linear, sigmoid = run_["rows"]
+        assert 0.05 < sigmoid["test_error"] < linear["test_error"] < 0.12
+    errors = [100 * run_["rows"][0]["test_error"] for run_ in numbers["runs"]]
+    assert results.number(results.mean(errors), 2) in description
+    assert f"{paper.TABLE1['FC100-100-10'].distortion:g} " in description
+    assert [claim.verdict for claim in table1.claims(numbers)][-1] == "does not hold"
 
 
-def test_figure7_draws_three_panels_and_reads_noise_better_than_attacks(tmp_path, capsys):
-    numbers, printed = run(figure7.main, tmp_path, capsys)
-    assert figure7.table(numbers["rows"]) in printed
-    assert f"{100 * numbers['paper']['noisy']:g} %" in printed
-    for row in numbers["rows"]:
-        right = row["right"]
-        assert right["adversarial"] == 0
-        assert 0.2 < right["noisy"] < right["test"]
-        assert 0.03 < row["distortion"] < 0.12
-    with Image.open(tmp_path / "figure7.png") as figure:
-        assert 700 <= figure.width <= 1000
+def test_table2_counts_who_errs_on_whose_images(tmp_path, capsys):
+    numbers, printed = run(table2.main, tmp_path, capsys)
+    assert table2.describe(numbers) in printed
+    columns, found = transfers.by_row(numbers)
+    assert columns == ["FC10(1e-4)", "FC100-100-10"]
+    for attack_ in table2.ATTACKS:
+        for i, name in enumerate(columns):
+            for row in found[attack_.__name__, name]:
+                assert row["wrong"][i] >= 62, "nearly every image misleads the net it was made for"
+    for of in ("", "_256", "_net"):
+        assert all(row[f"total{of}"][0] <= 64 for rows in found.values() for row in rows)
+    for row in found["clean", None]:
+        assert row["distortion"] == 0
+        assert row["wrong_net"] == [0, 0]
+    noise = found["Gaussian 0.1", None][0]
+    assert noise["distortion"] == pytest.approx(0.1, rel=0.02)
+    assert found["Gaussian 0.1, clipped", None][0]["distortion"] < 0.08
+    for name in columns:
+        for adversarial, *controls in zip(
+            *(found[kind, name] for kind in ("lbfgs", *transfers.CONTROLS)), strict=True
+        ):
+            for control in controls:
+                assert control["distortion"] == pytest.approx(adversarial["distortion"], rel=0.02)
+    assert len(table2.claims(numbers)) == 3
+
+
+def test_a_control_that_misleads_as_often_is_not_beaten():
+    def rows(*wrong):
+        return [{"wrong": list(one), "total": [100, 100]} for one in wrong]
+
+    columns = ["a", "b"]
+    found = {
+        ("often", "a"): rows((90, 50), (90, 55)),
+        ("often", "b"): rows((45, 90), (52, 90)),
+        ("seldom", None): rows((10, 10), (12, 12)),
+        ("as often", "a"): rows((0, 52), (0, 53)),
+        ("as often", "b"): rows((47, 0), (50, 0)),
+    }
+    more = transfers.above(columns, found, "often", "seldom")
+    assert more.p_value < 0.05
+    assert more[3:] == (2, 2)
+    assert more.transfer.mean == pytest.approx(0.505)
+    assert more.control.mean == pytest.approx(0.11)
+    same = transfers.above(columns, found, "often", "as often")
+    assert same.p_value > 0.05
+    assert same[3:] == (0, 2)
 
 
 def test_attack_goes_on_where_it_was_stopped(tmp_path, capsys):
@@ -203,7 +241,8 @@ def test_the_gap_is_to_the_nearest_of_all_that_were_found_for_an_image():
     assert [near["gap"], far["gap"]] == pytest.approx([0, 1])
     assert never["distortion"] is never["gap"] is None
     assert far["seconds_over_gradients"] == pytest.approx(2)
-    assert benchmark.table(rows).splitlines()[-1].split()[5:7] == ["-", "-"]
+    cells = [cell.strip() for cell in benchmark.table(rows).splitlines()[-1].split("|")]
+    assert cells.count("-") == 2
 
 
 # --- the command -----------------------------------------------------------------------------
@@ -215,7 +254,8 @@ def test_without_a_name_the_command_lists_every_experiment_on_one_line(capsys):
     for name in command.EXPERIMENTS:
         (line,) = [line for line in printed if line.split()[:1] == [name]]
         assert line.endswith(").")
-        assert any(word in line for word in ("table", "figure")), "what of the paper it shows"
+        words = ("table", "figure", "section")
+        assert any(word in line for word in words), "what of the paper it shows"
         assert " min; MNIST" in line
         assert len(line) <= 100
 
@@ -348,6 +388,27 @@ def test_an_unknown_net_lists_the_known_ones(make, digits):
         make("FC7", *digits, key=jax.random.key(0))
 
 
+def test_the_nearest_of_every_class_is_that_of_the_untargeted_attack(digits):
+    images, labels = digits
+    net = nets.load_or_train("FC10(1)", images, labels, key=jax.random.key(9), steps=5)
+    few = images[:6], labels[:6]
+    nearest = nets.attack_every_class(attacks.lbfgs, net.name, net.logits_fn, *few)
+    untargeted = functools.partial(attacks.untargeted, attacks.lbfgs, net.logits_fn)
+    expected = jax.vmap(untargeted)(*few)
+    np.testing.assert_allclose(nearest.distortion, expected.distortion, rtol=1e-4)
+    np.testing.assert_array_equal(nearest.prediction, expected.prediction)
+
+
+def test_random_victims_of_a_larger_number_begin_with_those_of_a_smaller_one():
+    test = data.load("mnist", "test", source="embedded")
+    few, many = (nets.random_victims(jax.random.key(0), test, n) for n in (5, 300))
+    for some, more in zip(few, many, strict=True):
+        np.testing.assert_array_equal(some, more[:5])
+    assert len(set(many.indices)) == 300
+    assert np.all(many.targets != many.labels)
+    assert set(many.targets) == set(range(10))
+
+
 def test_the_recipes_are_the_papers_architectures():
     for name, recipe in nets.RECIPES.items():
         if not name.startswith("FC"):
@@ -362,26 +423,6 @@ def test_small_sets_take_more_epochs_for_as_many_steps():
     recipe = nets.RECIPES["FC100-100-10"]
     assert nets._epochs(recipe, 60_000, None) == recipe.epochs
     assert nets._epochs(recipe, 5_000, None) * 5_000 >= nets.MIN_STEPS * recipe.batch_size
-
-
-# --- the report ------------------------------------------------------------------------------
-
-
-def test_a_table_aligns_names_to_the_left_and_numbers_to_the_right():
-    assert report.table(("net", "error"), [("FC10", "7.4"), ("a", "12.25")]).splitlines() == [
-        "net   error",
-        "----  -----",
-        "FC10    7.4",
-        "a     12.25",
-    ]
-
-
-def test_the_bootstrap_interval_is_that_of_the_normal_approximation_for_many_values():
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    low, high = report.bootstrap(jax.random.key(0), values)
-    half = 1.96 * values.std() / np.sqrt(len(values))
-    assert low == pytest.approx(values.mean() - half, abs=0.02)
-    assert high == pytest.approx(values.mean() + half, abs=0.02)
 
 
 # --- the paper's numbers ---------------------------------------------------------------------

@@ -1,0 +1,423 @@
+"""One gradient step beside the nearest images (figure; 15 min; MNIST or a sample).
+
+The fast gradient sign method (Goodfellow et al. 2014) moves every pixel by epsilon, once, away from
+the true class. Beside it stand the images of any other class that the paper's attack finds nearest,
+since the step does not choose a class either. Each seed trains the nets anew and draws other test
+images; those that a net gets wrong to begin with are counted as wrong, at no distance. A step is
+clipped to [0, 1], and its length is the RMS per pixel after that. Goodfellow et al. do not tell
+whether theirs were, nor how their softmax was trained, so at their epsilon both are shown.
+
+Transfer is compared at equal lengths, on images that the attacked net gets right: the nearest ones
+against a step of the epsilon that is as long on average, and then against a step of 0.1, with each
+nearest image's distortion magnified to the length of the step on that image (and not clipped, as in
+the paper's Table 4). For another net those images count that it gets right as well. The control has
+the step's length in each pixel, but signs at random.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from advjax import attacks, metrics, transfer
+from advjax.types import LogitsFn
+from experiments import nets, paper, results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NETS = tuple(paper.TABLE1)
+EPSILONS = tuple(k / 60 for k in range(19))
+SHOWN = (0.05, 0.1, 0.15, 0.2, 0.25)
+TRANSFERRED = 0.1
+LEVELS = tuple(k / 20 for k in range(1, 20))
+"""Shares of wrong images, for which the lengths are saved that the nearest ones need."""
+PUBLISHED = paper.FAST_GRADIENT["shallow softmax"]
+RATIOS = tuple(paper.ROBUSTNESS.items())
+EVERYWHERE = (-np.inf, np.inf)
+KINDS = ("nearest", "step", "control")
+
+_magnify = jax.jit(jax.vmap(transfer.magnify))
+_random_signs = jax.jit(jax.vmap(transfer.random_signs))
+_distances = jax.jit(jax.vmap(metrics.distortion))
+
+
+def main(
+    *,
+    images: int = 1000,
+    seeds: int = 5,
+    dataset: results.Name = "mnist",
+    source: results.Source = "auto",
+    out: Path = Path("results"),
+    quick: bool = False,
+    reuse: bool = False,
+) -> dict[str, Any]:
+    """Measures how often one gradient step misleads the nets of Table 1, here and on other nets.
+
+    Args:
+        images: How many test images to attack for each seed.
+        seeds: How many times to train and to draw.
+        dataset: The data set.
+        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
+            the first of both that can be had.
+        out: The folder for the figure and the numbers.
+        quick: Two nets, briefly trained, and two seeds, on the sample: a minute, for a trial.
+        reuse: Whether to take the numbers in `out`, if they are of the same options.
+    """
+    train, test = results.load(dataset, source, quick=quick)
+    images, seeds = (64, 2) if quick else (images, seeds)
+
+    def measure(seed: int) -> results.Row:
+        chosen = nets.random_victims(jax.random.key(seed), test, images)
+        trained = [
+            nets.load_or_train(
+                name,
+                train.images,
+                train.labels,
+                key=jax.random.key(seed),
+                steps=300 if quick else None,
+            )
+            for name in (NETS[:4:3] if quick else NETS)
+        ]
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return {"rows": [_attack(net, trained, chosen, key) for net in trained]}
+
+    content = results.measure(
+        "fgsm",
+        measure,
+        seeds=seeds,
+        config={"images": images, "dataset": dataset, "quick": quick},
+        splits=(train, test),
+        out=out,
+        reuse=reuse,
+    )
+    draw(content).savefig(out / "fgsm.png")
+    results.show("fgsm", describe(content), out)
+    return content
+
+
+def _attack(
+    net: nets.Net, others: Sequence[nets.Net], chosen: nets.Victims, key: Key[Array, ""]
+) -> results.Row:
+    """What one net makes of the steps and of the nearest images, and the others of both."""
+    xs, labels = chosen.images, chosen.labels
+    steps = {epsilon: _step(net.logits_fn, xs, labels, epsilon) for epsilon in EPSILONS}
+    nearest = nets.attack_every_class(attacks.lbfgs, net.name, net.logits_fn, xs, labels)
+    lengths = np.where(nearest.success, nearest.distortion, np.inf)
+    unclipped = _step(net.logits_fn, xs, labels, PUBLISHED.epsilon, EVERYWHERE)
+    return {
+        "net": net.name,
+        "steps": [
+            {
+                "epsilon": epsilon,
+                "wrong": int(result.success.sum()),
+                "distortion": float(result.distortion.mean()),
+            }
+            for epsilon, result in steps.items()
+        ],
+        "published": {
+            kind: {"wrong": int(result.success.sum()), "confidence": _confidence(net, result)}
+            for kind, result in (("clipped", steps[PUBLISHED.epsilon]), ("unclipped", unclipped))
+        },
+        "nearest": {
+            "distortion": float(nearest.distortion.mean()),
+            "success": float(nearest.success.mean()),
+            "quantiles": np.quantile(lengths, LEVELS, method="inverted_cdf").tolist(),
+        },
+        "transfer": _transfer(net, others, chosen, nearest, steps, key),
+    }
+
+
+@jax.jit
+def _step(
+    logits_fn: LogitsFn,
+    xs: Float[Array, "n *shape"],
+    labels: Int[Array, " n"],
+    epsilon: float,
+    box: tuple[float, float] = (0.0, 1.0),
+) -> attacks.AttackResult:
+    """A step from each image, compiled once for every epsilon."""
+    step = functools.partial(attacks.fgsm, logits_fn, epsilon=epsilon, box=box)
+    return jax.vmap(step)(xs, labels)
+
+
+def _confidence(net: nets.Net, result: attacks.AttackResult) -> float:
+    """The mean probability of the class that a misled net gives."""
+    probabilities = jax.nn.softmax(jax.vmap(net.logits_fn)(result.x_adv))
+    return float(jnp.mean(jnp.max(probabilities, axis=1), where=result.success))
+
+
+def _transfer(
+    net: nets.Net,
+    others: Sequence[nets.Net],
+    chosen: nets.Victims,
+    nearest: attacks.AttackResult,
+    steps: dict[float, attacks.AttackResult],
+    key: Key[Array, ""],
+) -> list[results.Row]:
+    """How often the other nets err, at two lengths, on the nearest images and on the steps."""
+    xs, labels, near, far = chosen.images, chosen.labels, nearest.x_adv, steps[TRANSFERRED]
+    right = np.asarray(steps[0.0].prediction) == labels
+    lengths = [float(result.distortion[right].mean()) for result in steps.values()]
+    epsilon = float(np.interp(nearest.distortion[right].mean(), lengths, list(steps)))
+    keys = jax.random.split(key, len(xs))
+    sizes = {
+        epsilon: (near, _step(net.logits_fn, xs, labels, epsilon).x_adv),
+        TRANSFERRED: (_magnify(xs, near, far.distortion), far.x_adv),
+    }
+    images = [
+        some[right] for pair in sizes.values() for some in (*pair, _random_signs(keys, xs, pair[1]))
+    ]
+    found = transfer.transfer_matrix(
+        [other.logits_fn for other in others if other.name != net.name],
+        images,
+        labels[right],
+        xs=xs[right],
+    )
+    wrong = found.wrong.sum(axis=1).reshape(2, 3).tolist()
+    return [
+        {
+            "epsilon": size,
+            "distortion": float(_distances(xs[right], images[3 * i + 1]).mean()),
+            "total": int(found.total[0].sum()),
+            **dict(zip(KINDS, wrong[i], strict=True)),
+        }
+        for i, size in enumerate(sizes)
+    ]
+
+
+def describe(content: dict[str, Any]) -> str:
+    """Four tables: the errors, the published ones, what a step costs, and transfer."""
+    images = content["config"]["images"]
+
+    def wrong(rows: Sequence[results.Row]) -> str:
+        return _percent([row["wrong"] for row in rows], [images] * len(rows))
+
+    by_net = list(_by_net(content))
+    errors = results.table(
+        ("net", "no step", *(f"epsilon {epsilon:g}" for epsilon in SHOWN)),
+        (
+            (name, *(wrong([_step_of(row, epsilon) for row in rows]) for epsilon in (0, *SHOWN)))
+            for name, rows in by_net
+        ),
+    )
+    published = results.table(
+        ("net", "error", "confidence", "error, unclipped", "confidence, unclipped"),
+        [
+            (
+                name,
+                *(
+                    cell
+                    for kind in ("clipped", "unclipped")
+                    for some in [[row["published"][kind] for row in rows]]
+                    for cell in (
+                        wrong(some),
+                        results.number(results.mean([100 * one["confidence"] for one in some]), 1),
+                    )
+                ),
+            )
+            for name, rows in by_net
+        ]
+        + [
+            (f"{name}, as published", f"{row.error:g}", f"{row.confidence:g}", "", "")
+            for name, row in paper.FAST_GRADIENT.items()
+        ],
+    )
+    lengths = results.table(
+        (
+            "net",
+            "half wrong: nearest",
+            "step",
+            "ratio",
+            "90 % wrong: step",
+            "nearest, mean",
+            "ratio",
+        ),
+        (
+            (
+                name,
+                results.number(results.mean([_half_length(row) for row in rows])),
+                results.number(results.mean([_step_length(row, 0.5, images) for row in rows])),
+                results.number(results.mean([_at_half(row, images) for row in rows]), 2),
+                results.number(results.mean([_step_length(row, 0.9, images) for row in rows])),
+                results.number(results.mean([row["nearest"]["distortion"] for row in rows])),
+                results.number(results.mean([_cost(row, images) for row in rows]), 2),
+            )
+            for name, rows in by_net
+        ),
+    )
+    ratios = ", ".join(f"{row.fast_gradient / row.lbfgs:.1f} for {net}" for net, row in RATIOS)
+    return f"""\
+![Error against epsilon, and against the length of the distortion](fgsm.png)
+
+Percent of the images that each net gets wrong after a step:
+
+{errors}
+
+At epsilon {PUBLISHED.epsilon:g}, with the mean confidence in the wrong class, beside what is
+published:
+
+{published}
+
+Lengths (RMS per pixel): of the nearest images, and of the step with which half or 90 % are wrong.
+The last column has the latter over the mean of the nearest, as Moosavi-Dezfooli et al. (2016)
+compare them, with {ratios}.
+
+{lengths}
+
+Percent of the images that the other nets get wrong, of those that they and the net attacked get
+right:
+
+{_transfer_table(by_net)}"""
+
+
+def _transfer_table(by_net: Sequence[tuple[str, Sequence[results.Row]]]) -> str:
+    return results.table(
+        ("net attacked", "RMS", "nearest", "step", "signs at random"),
+        (
+            (
+                f"{name}{', magnified' if i else ''}",
+                f"{np.mean([row['transfer'][i]['distortion'] for row in rows]):.4f}",
+                *(
+                    _percent(
+                        [row["transfer"][i][kind] for row in rows],
+                        [row["transfer"][i]["total"] for row in rows],
+                    )
+                    for kind in KINDS
+                ),
+            )
+            for i in range(2)
+            for name, rows in by_net
+        ),
+    )
+
+
+def claims(content: dict[str, Any]) -> list[results.Claim]:
+    """One step is enough, but longer than need be; its examples mislead other nets."""
+    images = content["config"]["images"]
+    by_net = dict(_by_net(content))
+    clipped = [row["published"]["clipped"] for row in by_net["FC10(1e-4)"]]
+    error = results.share([one["wrong"] for one in clipped], [images] * len(clipped))
+    confidence = np.mean([one["confidence"] for one in clipped])
+    costs, halves = (
+        {
+            name: float(np.mean([measure(row, images) for row in rows]))
+            for name, rows in by_net.items()
+        }
+        for measure in (_cost, _at_half)
+    )
+    far = [[row["transfer"][1] for row in rows] for rows in by_net.values()]
+    rates = {
+        kind: np.array([[row[kind] / row["total"] for row in rows] for rows in far])
+        for kind in KINDS
+    }
+    above = sum(np.all(rates["step"] > rates["control"], axis=1))
+    return [
+        results.Claim(
+            "One gradient step is enough to mislead a linear net (Goodfellow et al. 2014)",
+            f"{PUBLISHED.error:g} % wrong at epsilon {PUBLISHED.epsilon:g}, with a confidence of "
+            f"{PUBLISHED.confidence:g} %",
+            f"FC10(1e-4): {results.percent(error, 1)} with {results.percent(confidence, 1)}",
+            "holds"
+            if error.mean > 0.99
+            else "holds in part"
+            if error.mean > 0.9
+            else "does not hold",
+        ),
+        results.Claim(
+            "It is several times as long as need be (Moosavi-Dezfooli et al. 2016)",
+            ", ".join(f"{row.fast_gradient / row.lbfgs:.1f} times ({net})" for net, row in RATIOS),
+            ", ".join(f"{cost:.1f} times ({name})" for name, cost in costs.items())
+            + "; where both get half of the images wrong, "
+            + ", ".join(f"{half:.1f}" for half in halves.values()),
+            "holds"
+            if min(costs.values()) > 2
+            else "holds in part"
+            if max(costs.values()) > 2
+            else "does not hold",
+        ),
+        results.Claim(
+            "Its examples mislead other nets too (Goodfellow et al. 2014)",
+            "stated",
+            f"a step of {TRANSFERRED:g} on {results.percent(rates['step'].mean(), 1)} of images, "
+            f"its pixels with signs at random on {results.percent(rates['control'].mean(), 1)}, "
+            "the nearest images magnified to its RMS on "
+            f"{results.percent(rates['nearest'].mean(), 1)}",
+            "holds" if above == len(far) else "holds in part" if above else "does not hold",
+        ),
+    ]
+
+
+def draw(content: dict[str, Any]) -> "Figure":
+    """The error against epsilon, and against the length, of the steps and the nearest images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name, rows in _by_net(content):
+        wrong, lengths = (
+            np.mean([[step[what] for step in row["steps"]] for row in rows], axis=0)
+            for what in ("wrong", "distortion")
+        )
+        errors = 100 * wrong / content["config"]["images"]
+        nearest = np.mean([row["nearest"]["quantiles"] for row in rows], axis=0)
+        (line,) = left.plot(EPSILONS, errors, label=name)
+        right.plot(lengths, errors, color=line.get_color())
+        right.plot(nearest, 100 * np.array(LEVELS), "--", color=line.get_color())
+    left.plot(PUBLISHED.epsilon, PUBLISHED.error, "k*", label="softmax, published")
+    left.set(xlabel="epsilon", ylabel="images that a net gets wrong, %")
+    right.plot([], [], "k-", label="one gradient step")
+    right.plot([], [], "k--", label="nearest images (lbfgs)")
+    right.set(xlabel="length of the distortion (RMS per pixel)")
+    for axes in (left, right):
+        axes.set(xlim=(0, None), ylim=(0, 102))
+        axes.legend(frameon=False, loc="lower right")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _by_net(content: dict[str, Any]) -> Iterator[tuple[str, list[results.Row]]]:
+    """For each net its rows of all seeds."""
+    for rows in zip(*(run["rows"] for run in content["runs"]), strict=True):
+        yield rows[0]["net"], list(rows)
+
+
+def _step_of(row: results.Row, epsilon: float) -> results.Row:
+    (step,) = [step for step in row["steps"] if step["epsilon"] == epsilon]
+    return step
+
+
+def _step_length(row: results.Row, level: float, images: int) -> float:
+    """The mean length of the first step that gets such a share wrong; NaN if none does."""
+    errors = np.array([step["wrong"] for step in row["steps"]]) / images
+    lengths = np.array([step["distortion"] for step in row["steps"]])
+    reached = np.flatnonzero(errors >= level)
+    if not len(reached):
+        return np.nan
+    around = slice(max(0, reached[0] - 1), reached[0] + 1)
+    return float(np.interp(level, errors[around], lengths[around]))
+
+
+def _half_length(row: results.Row) -> float:
+    """The length at which half of the nearest images are found."""
+    return row["nearest"]["quantiles"][LEVELS.index(0.5)]
+
+
+def _at_half(row: results.Row, images: int) -> float:
+    """How many times as long a step is as the nearest images, where both get half wrong."""
+    return _step_length(row, 0.5, images) / _half_length(row)
+
+
+def _cost(row: results.Row, images: int) -> float:
+    """How many times as long the step for 90 % is as the nearest images are on average."""
+    return _step_length(row, 0.9, images) / row["nearest"]["distortion"]
+
+
+def _percent(wrong: Sequence[int], total: Sequence[int]) -> str:
+    return results.number(results.Estimate(*(100 * end for end in results.share(wrong, total))), 1)

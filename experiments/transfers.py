@@ -1,0 +1,252 @@
+"""What Tables 2 and 4 have in common: sets of distorted images, and which nets err on them."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jaxtyping import Array, Float, Key
+
+from advjax import metrics, runner, transfer
+from advjax.types import Box
+from experiments import nets, paper, results
+
+NOISE = "noise of the same RMS"
+SIGNS = "random signs"
+CONTROLS = (NOISE, SIGNS)
+
+
+class Images(NamedTuple):
+    """Distorted images: a row of a table."""
+
+    kind: str
+    """How they were distorted: the attack's name, or the control's."""
+    made_for: str | None
+    """The net that was attacked; of a control, the net whose attack it is held against."""
+    xs: Float[Array | np.ndarray, "n *shape"]
+
+
+Found = dict[tuple[str, str | None], list[results.Row]]
+"""For each kind and net the row of every seed."""
+
+
+# --- measuring -------------------------------------------------------------------------------
+
+
+def adversarial(
+    attack: Callable[..., Any], name: str, net: nets.Net, chosen: nets.Victims
+) -> Images:
+    """Images that an attack distorted for a net."""
+    result = runner.attack_images(
+        functools.partial(attack, net.logits_fn),
+        chosen.images,
+        chosen.targets,
+        progress=f"{name}: {attack.__name__}",
+    )
+    return Images(attack.__name__, name, result.x_adv)
+
+
+def controls(key: Key[Array, ""], chosen: nets.Victims, images: Images) -> list[Images]:
+    """Noise as far from each image as its adversarial one, and that one with random signs."""
+    noise_keys, sign_keys = jax.random.split(key, (2, len(images.xs)))
+    rms = jax.vmap(metrics.distortion)(chosen.images, images.xs)
+    noise = jax.vmap(transfer.gaussian)(noise_keys, chosen.images, rms)
+    signs = jax.vmap(transfer.random_signs)(sign_keys, chosen.images, images.xs)
+    return [Images(NOISE, images.made_for, noise), Images(SIGNS, images.made_for, signs)]
+
+
+def gaussian(
+    key: Key[Array, ""], chosen: nets.Victims, stddev: float, *, clipped: bool = False
+) -> Images:
+    """The paper's control: noise of one stddev, which may leave the box unless it is clipped."""
+    add = functools.partial(transfer.gaussian, rms=stddev, box=Box() if clipped else None)
+    keys = jax.random.split(key, len(chosen.images))
+    kind = gaussian_kind(stddev) + (", clipped" if clipped else "")
+    return Images(kind, None, jax.vmap(add)(keys, chosen.images))
+
+
+def gaussian_kind(stddev: float) -> str:
+    """As the paper calls the row."""
+    return f"Gaussian {stddev:g}"
+
+
+def magnified(chosen: nets.Victims, images: Images, rms: float) -> Images:
+    """The same distortions, each brought to an RMS; they may leave the box, as in the paper."""
+    xs = jax.vmap(functools.partial(transfer.magnify, rms=rms))(chosen.images, images.xs)
+    return Images(magnified_kind(images.kind, rms), images.made_for, xs)
+
+
+def magnified_kind(kind: str, rms: float) -> str:
+    """What images of a kind are called when their distortions have been brought to an RMS."""
+    return f"{kind} at {rms:g}"
+
+
+def count(
+    columns: Mapping[str, nets.Net], chosen: nets.Victims, sets: Sequence[Images]
+) -> results.Row:
+    """How many images of each set each net gets wrong: of all, and of those that it had right."""
+    few = slice(results.PAPER_IMAGES)
+    stacks = [jnp.asarray(images.xs) for images in sets]
+    matrix = functools.partial(
+        transfer.transfer_matrix, [net.logits_fn for net in columns.values()]
+    )
+    counts = {
+        "": matrix(stacks, chosen.labels),
+        "_256": matrix([xs[few] for xs in stacks], chosen.labels[few]),
+        "_net": matrix(stacks, chosen.labels, xs=chosen.images),
+    }
+    rows = []
+    for i, images in enumerate(sets):
+        rms = jax.vmap(metrics.distortion)(chosen.images, stacks[i])
+        row = {"kind": images.kind, "made_for": images.made_for, "distortion": float(rms.mean())}
+        for of, found in counts.items():
+            row[f"wrong{of}"] = np.asarray(found.wrong[i]).tolist()
+            row[f"total{of}"] = np.asarray(found.total[i]).tolist()
+        rows.append(row)
+    return {"nets": list(columns), "rows": rows}
+
+
+# --- over seeds ------------------------------------------------------------------------------
+
+
+def by_row(content: Mapping[str, Any]) -> tuple[list[str], Found]:
+    """The columns, and the rows of all seeds."""
+    found: Found = {}
+    for run in content["runs"]:
+        for row in run["rows"]:
+            found.setdefault((row["kind"], row["made_for"]), []).append(row)
+    return content["runs"][0]["nets"], found
+
+
+def rates(rows: Sequence[results.Row], of: str = "") -> list[results.Estimate]:
+    """For each column its error; `of` is "_256" for the first images, "_net" for net transfer."""
+    columns = range(len(rows[0]["wrong"]))
+    return [
+        results.share(*([row[f"{what}{of}"][i] for row in rows] for what in ("wrong", "total")))
+        for i in columns
+    ]
+
+
+def table(
+    columns: Sequence[str],
+    lines: Mapping[str, Sequence[results.Row]],
+    printed: Mapping[str, paper.Transfer],
+    *,
+    of: str = "",
+) -> str:
+    """Errors in percent with their intervals; in brackets the paper's, ✓ where they agree.
+
+    Args:
+        columns: The nets.
+        lines: For each line its rows, one a seed. A line that is called as one of the paper's is
+            laid beside it.
+        printed: The paper's lines.
+        of: As in `rates`.
+    """
+
+    def line(title: str, rows: Sequence[results.Row]) -> Iterator[str]:
+        yield title
+        for name, rate in zip(columns, rates(rows, of), strict=True):
+            text = results.percent(rate, 1).removesuffix(" %")
+            if title in printed:
+                mark = "✓" if results.agrees(rate, printed[title].errors[name] / 100) else "✗"
+                text += f" ({printed[title].errors[name]:g} {mark})"
+            yield text
+        text = f"{np.mean([row['distortion'] for row in rows]):.3f}"
+        yield text + (f" ({printed[title].distortion:g})" if title in printed else "")
+
+    return results.table(
+        ("errors, % (paper)", *columns, "distortion"),
+        (tuple(line(title, rows)) for title, rows in lines.items()),
+    )
+
+
+def agreement(
+    columns: Sequence[str], found: Found, kind: str, printed: Mapping[str, paper.Transfer]
+) -> tuple[int, int]:
+    """How many of the first images' rates between different nets agree with the paper's, of all."""
+    marks = [
+        results.agrees(rates(found[kind, row], "_256")[i], printed[row].errors[column] / 100)
+        for row, i, column in _different(columns)
+    ]
+    return sum(marks), len(marks)
+
+
+class Above(NamedTuple):
+    """Transfer between different nets beside a control's."""
+
+    transfer: results.Estimate
+    """The mean over all pairs of nets."""
+    control: results.Estimate
+    p_value: float
+    """Of the means: Student's paired test over seeds, one-sided."""
+    significant: int
+    """In how many pairs p < 0.05: Fisher's exact test of all images, after Holm's correction."""
+    pairs: int
+
+    def __str__(self) -> str:
+        return (
+            f"{results.percent(self.transfer, 1)} against {results.percent(self.control, 1)} "
+            f"(p = {self.p_value:.1g}), in {self.significant} of {self.pairs} pairs of nets "
+            "significant by itself"
+        )
+
+
+def above(columns: Sequence[str], found: Found, kind: str, control: str) -> Above:
+    """Whether nets err more on the images of a kind than on the control: for the net, or for all.
+
+    That the same images are behind both counts, the test of a pair does not use: it is cautious.
+    """
+    p_values, pairs = [], []
+    for row, i, _ in _different(columns):
+        both = [found.get((one, row)) or found[one, None] for one in (kind, control)]
+        counts = [[(seed["wrong"][i], seed["total"][i]) for seed in rows] for rows in both]
+        pairs.append([[wrong / total for wrong, total in rows] for rows in counts])
+        sums = [(sum(wrong for wrong, _ in rows), sum(n - k for k, n in rows)) for rows in counts]
+        p_values.append(scipy.stats.fisher_exact(sums, "greater").pvalue)
+    means, others = np.mean(pairs, axis=0)
+    ordered = np.sort(p_values) * np.arange(len(p_values), 0, -1)
+    return Above(
+        results.mean(means),
+        results.mean(others),
+        float(scipy.stats.ttest_rel(means, others, alternative="greater").pvalue),
+        int((np.maximum.accumulate(ordered) < 0.05).sum()),
+        len(p_values),
+    )
+
+
+def span(printed: Mapping[str, paper.Transfer], rows: Sequence[str], columns: Sequence[str]) -> str:
+    """From the smallest to the largest rate that the paper prints between different nets."""
+    rates = [printed[row].errors[column] for row in rows for column in columns if row != column]
+    return f"{min(rates):g} to {max(rates):g} %"
+
+
+def misled(
+    columns: Sequence[str], found: Found, kind: str, row: str, others: Sequence[str]
+) -> list[float]:
+    """For each seed the mean error of some of the nets on a row's images."""
+    return [
+        float(
+            np.mean(
+                [
+                    wrong / total
+                    for name, wrong, total in zip(
+                        columns, seed["wrong"], seed["total"], strict=True
+                    )
+                    if name in others
+                ]
+            )
+        )
+        for seed in found[kind, row]
+    ]
+
+
+def _different(columns: Sequence[str]) -> Iterator[tuple[str, int, str]]:
+    """The cells off the diagonal: the row's net, and the column's place and net."""
+    for row in columns:
+        for i, column in enumerate(columns):
+            if row != column:
+                yield row, i, column

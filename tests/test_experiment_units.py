@@ -1,0 +1,196 @@
+"""Units and directions: the figures, and the rotation test, on the sample inside."""
+
+import json
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from advjax import data, plots
+from experiments import figure1, rotation
+from tests.test_plots import drawn, text_fits, texts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+# --- figures 1 and 2 -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figure1")
+    return figure1.main(quick=True, out=folder), folder
+
+
+def test_figures_1_and_2_show_four_rows_of_ten(figures):
+    content, folder = figures
+    saved = json.loads((folder / "figure1.json").read_text())
+    assert {key: saved[key] for key in content} == json.loads(json.dumps(content))
+    for name in ("figure1.png", "figure2.png"):
+        with Image.open(folder / name) as figure:
+            assert 600 <= figure.width <= 1000
+        assert f"({name})" in figure1.describe(content)
+
+
+def test_a_row_says_which_test_images_it_has_and_how_alike_they_are(figures):
+    content, _ = figures
+    labels = data.load("mnist", "test", source="embedded").labels
+    for run in content["runs"]:
+        for kind, name in (("units", "unit"), ("directions", "direction")):
+            assert len(run["rows"][kind]) == 4
+            for row in run["rows"][kind]:
+                assert row["name"].startswith(name)
+                assert len(set(row["indices"])) == 10
+                assert row["labels"] == labels[row["indices"]].tolist()
+                assert row["purity"] == pytest.approx(np.bincount(row["labels"]).max() / 10)
+        purity = run["purity"]
+        assert purity["images at random"] < 0.4 < min(purity["units"], purity["directions"])
+
+
+def test_the_figures_bear_out_what_the_paper_saw(figures):
+    content, _ = figures
+    (claim,) = figure1.claims(content)
+    assert claim.verdict == "holds"
+    blurred = json.loads(json.dumps(content))
+    for run in blurred["runs"]:
+        run["purity"]["directions"] = run["purity"]["images at random"]
+    assert figure1.claims(blurred)[0].verdict == "does not hold"
+
+
+def test_a_unit_that_is_hardly_ever_active_does_not_count():
+    phi = np.zeros((50, 3), np.float32)
+    phi[:10, 1], phi[:9, 2] = 1, 1
+    assert figure1.alive(jnp.asarray(phi)).tolist() == [False, True, False]
+
+
+def test_features_are_those_of_the_named_layer():
+    def apply(params, image, method):
+        assert method == "layers"
+        return {"flat": params * image, "other": jnp.zeros(3)}
+
+    net = types.SimpleNamespace(model=types.SimpleNamespace(apply=apply), params=jnp.float32(2))
+    images = np.arange(24, dtype=np.float32).reshape(3, 2, 2, 2)
+    np.testing.assert_array_equal(figure1.features(net, "flat", images), 2 * images.reshape(3, 8))
+
+
+# --- the rotation test -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rotated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rotation")
+    return rotation.main(quick=True, out=folder), folder
+
+
+def test_both_nets_and_every_control_are_tested(rotated):
+    content, folder = rotated
+    saved = json.loads((folder / "rotation.json").read_text())
+    assert {key: saved[key] for key in content} == json.loads(json.dumps(content))
+    with Image.open(folder / "rotation.png") as figure:
+        assert 900 <= figure.width <= 1000
+    cases = rotation._by_case(content)
+    assert len(cases) == 2 * 2 * 3 + 2
+    assert sum(map(len, cases.values())) == 2 * 13 + 1, "the images are the same for all seeds"
+    for line in rotation.describe(content).splitlines():
+        assert "nan" not in line
+
+
+def test_the_images_along_a_unit_are_the_same_before_and_after_a_sigmoid(rotated):
+    cases = rotation._by_case(rotated[0])
+    for kind in ("units", "units, untrained"):
+        before, after = (cases["FC100-100-10", stage, kind] for stage in rotation.STAGES)
+        for first, second in zip(before, after, strict=True):
+            for score in rotation.SCORES:
+                assert first[score]["identity"] == pytest.approx(
+                    second[score]["identity"], abs=0.01
+                )
+
+
+def test_training_makes_them_alike_and_noise_and_principal_axes_do_not(rotated):
+    cases = rotation._by_case(rotated[0])
+
+    def purity(*case):
+        return np.mean([row["purity"]["identity"] for row in cases[case]])
+
+    for net in rotation.LAYERS:
+        assert purity(net, "after", "units") > purity(net, "after", "units, untrained") + 0.1
+        for row in cases[net, "after", "principal axes"]:
+            assert row["purity"]["identity"] < row["purity"]["rotated_quantiles"][0]
+    assert purity("noise", "", "units") < 0.35
+
+
+def with_effects(content, **changed):
+    other = json.loads(json.dumps(content))
+    for i, run in enumerate(other["runs"]):
+        for row in run["rows"]:
+            for score in rotation.SCORES:
+                row[score] |= {name: value + 1e-4 * i for name, value in changed.items()}
+    return other
+
+
+@pytest.mark.parametrize(
+    ("effect", "p_value", "verdict"),
+    [
+        (0.01, 0.4, "holds"),
+        (0.01, 0.001, "holds"),
+        (0.2, 0.001, "does not hold"),
+        (0.2, 0.4, "cannot be tested here"),
+    ],
+)
+def test_the_claim_holds_only_where_the_effect_is_shown_to_be_small(
+    rotated, effect, p_value, verdict
+):
+    (claim,) = rotation.claims(with_effects(rotated[0], effect=effect, p_value=p_value))
+    assert claim.verdict == verdict
+
+
+def test_the_qualities_are_ink_height_width_and_slant_and_less_of_each():
+    images = np.zeros((4, 28, 28, 1), np.float32)
+    images[0, 4:24, 13:15] = 1  # a 1
+    images[1, 13:15, 4:24] = 1  # lying down
+    for i in range(4, 24):
+        images[2, i, 28 - i] = 1  # a thin slash
+        images[3, i, i] = 1  # and a backslash
+    ink, height, width, slant, *less = rotation.qualities(images).T
+    assert ink[0] == ink[1] == 40
+    assert ink[2] == ink[3] == 20
+    assert height.argmin() == width.argmin() + 1 == 1
+    np.testing.assert_allclose(slant, [0, 0, 1, -1], atol=1e-6)
+    np.testing.assert_array_equal(less, -np.array([ink, height, width, slant]))
+
+
+# --- the drawing -----------------------------------------------------------------------------
+
+
+def test_each_direction_has_its_images_in_order_in_a_row_of_its_own():
+    images = np.random.default_rng(0).uniform(size=(6, 28, 28, 1)).astype(np.float32)
+    indices = np.array([[5, 0, 3], [1, 1, 2]])
+    figure = plots.top_images_grid(images, indices, names=["unit 7", "direction 2"])
+    for axes, index in zip(figure.axes, indices.ravel(), strict=True):
+        np.testing.assert_array_equal(np.asarray(axes.images[0].get_array()), images[index, ..., 0])
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert boxes[0].x1 < boxes[1].x0 < boxes[2].x0
+    assert boxes[0].y0 > boxes[3].y1
+    assert drawn(figure, figure.axes[0]).shape[:2] == (56, 56)
+    assert texts(figure) == ["unit 7", "direction 2"]
+    assert text_fits(figure)
+
+
+@pytest.mark.parametrize("indices", [[0, 1], [[0, 3]], [[-1, 0]], [[]]])
+def test_indices_of_images_are_asked_for(indices):
+    with pytest.raises(ValueError, match=r"indices: shape .* 3 images"):
+        plots.top_images_grid(np.zeros((3, 28, 28)), indices)
+
+
+def test_a_name_for_each_direction_is_asked_for():
+    with pytest.raises(ValueError, match="names: 1 for 2 directions"):
+        plots.top_images_grid(np.zeros((3, 28, 28)), [[0], [1]], names=["one"])
+    with pytest.raises(ValueError, match="images: shape"):
+        plots.top_images_grid(np.zeros((28, 28)), [[0]])

@@ -1,0 +1,79 @@
+"""The report is made of saved numbers alone, and takes no others."""
+
+import json
+
+import pytest
+
+from experiments import report, table3, table4, transfers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tables 3 and 4, which share their nets, in their quick form."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setattr(report, "SECTIONS", ("table3", "table4"))
+        report.main(quick=True, out=folder)
+        yield folder
+
+
+def contents(folder, module):
+    return json.loads((folder / f"{report.name_of(module)}.json").read_text())
+
+
+def test_it_has_every_claim_and_every_table_with_what_made_them(folder):
+    text = (folder / "REPORT.md").read_text()
+    for module in (table3, table4):
+        content = contents(folder, module)
+        assert module.describe(content) in text
+        assert content["command"] in text
+        for claim in module.claims(content):
+            assert claim.claim in text
+            assert f"**{claim.verdict}**" in text
+    assert "never published" in text
+
+
+def test_every_picture_and_file_that_it_names_is_there(folder):
+    text = (folder / "REPORT.md").read_text()
+    names = [part.partition(")")[0] for part in text.split("](")[1:]]
+    files = [name for name in names if "://" not in name]
+    assert {"table3.json", "table4.json", "table4.png"} <= set(files)
+    for name in files:
+        assert (folder / name).stat().st_size > 0
+
+
+def test_written_again_it_is_the_same_and_measures_nothing(folder, monkeypatch):
+    text = (folder / "REPORT.md").read_text()
+    before = contents(folder, table3)
+    monkeypatch.setattr(table3, "train_on_halves", None)
+    monkeypatch.setattr(table4, "train_on_halves", None)
+    report.main(quick=True, out=folder)
+    assert (folder / "REPORT.md").read_text() == text
+    assert contents(folder, table3) == before
+
+
+def test_measured_again_a_table_has_the_same_numbers(folder, tmp_path):
+    again = table3.main(quick=True, out=tmp_path)
+    for run, before in zip(again["runs"], contents(folder, table3)["runs"], strict=True):
+        for row, old in zip(run["rows"], before["rows"], strict=True):
+            assert row["net"] == old["net"]
+            for error in table3.ERRORS:
+                assert row[error] == old[error]
+            for attack, distortions in row["distortion"].items():
+                assert distortions == pytest.approx(old["distortion"][attack], rel=1e-5)
+
+
+def test_the_halves_are_disjoint_and_each_net_is_better_on_its_own(folder):
+    for run in contents(folder, table3)["runs"]:
+        for row in run["rows"]:
+            own, other = ("error_p2", "error_p1") if row["net"].endswith("'") else table3.ERRORS[:2]
+            assert row[own] < row[other]
+
+
+def test_magnified_images_are_as_far_as_they_are_called(folder):
+    columns, found = transfers.by_row(contents(folder, table4))
+    for rms in table4.CURVE:
+        for name in columns:
+            for row in found[transfers.magnified_kind("lbfgs", rms), name]:
+                assert row["distortion"] == pytest.approx(rms, rel=0.05)
