@@ -24,7 +24,16 @@ ELSEWHERE = (
 )
 """Claims of the paper that no experiment speaks of."""
 
-SECTIONS = ("table1", "table2", "table3", "table4", "fgsm", "figure1", "rotation", "figure7")
+SECTIONS = (
+    "table1",
+    "table2",
+    "table3",
+    "table4",
+    "fgsm",
+    "figure1",
+    "rotation",
+    "figure7",
+)
 
 
 def main(
@@ -66,6 +75,7 @@ def compose(sections: list[tuple[ModuleType, dict[str, Any]]]) -> str:
     table = results.table(
         ("the paper's claim", "its evidence", "ours", "verdict"),
         [(claim.claim, claim.paper, claim.ours, f"**{claim.verdict}**") for claim in claims],
+        names=4,
     )
     parts = [
         "# The paper's results, measured again",

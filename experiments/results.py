@@ -269,15 +269,17 @@ def bootstrap(
 # --- words -----------------------------------------------------------------------------------
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown that reads well as it is: the first column to the left, the others to the right."""
-    lines = [list(header), *map(list, rows)]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, names: int = 1) -> str:
+    """Markdown that reads well as it is: the first columns are names, the others numbers."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
     widths = [min(max(map(len, column)), _WIDEST) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    lines.insert(
+        1, ["-" * width if i < names else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    )
     return "\n".join(
         "| "
         + " | ".join(
-            cell.rjust(width) if i else cell.ljust(width)
+            cell.ljust(width) if i < names else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         + " |"

@@ -205,3 +205,8 @@ def test_a_table_is_markdown_with_names_to_the_left_and_numbers_to_the_right():
         "| FC10 |   7.4 |",
         "| a    | 12.25 |",
     ]
+
+
+def test_a_bar_in_a_cell_does_not_end_it():
+    line = results.table(("a", "b"), [("|x|", "1")], names=2).splitlines()[-1]
+    assert line == "| \\|x\\| | 1 |"
