@@ -1,4 +1,4 @@
-"""One gradient step beside the nearest images (figure; 15 min; MNIST or a sample).
+"""One gradient step beside the nearest images (figure; 5 min; MNIST or a sample).
 
 The fast gradient sign method (Goodfellow et al. 2014) moves every pixel by epsilon, once, away from
 the true class. Beside it stand the images of any other class that the paper's attack finds nearest,

@@ -1,4 +1,4 @@
-"""The images farthest along units and directions (figure 1; 15 min; MNIST or a sample).
+"""The images farthest along units and directions (figure 1; 3 min; MNIST or a sample).
 
 A convolutional net, of which the paper tells no more, and its last hidden layer after the ReLU. For
 the first four units (figure 1) and the first four directions of a random draw, uniform on the

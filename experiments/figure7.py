@@ -142,8 +142,8 @@ Odd columns: test digits; even columns: distorted.
 {adversarial}
 
 Percent of all test images that the nets get right: as they are, under Gaussian noise of stddev
-{NOISE:g}, and with that cut to [0, 1]. The paper prints {PRINTED:.0%}, of a net that it does not
-name; ✓ marks where that could be a share of 256 of ours.
+{NOISE:g}, and with that cut to [0, 1]. The paper prints {results.percent(PRINTED, 0)}, of a net
+that it does not name; ✓ marks where that could be a share of 256 of ours.
 
 {noisy}"""
 
@@ -172,7 +172,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
         results.Claim(
             "A net reads noisy images that people can hardly read, but none that was distorted "
             "for it, hardly visibly",
-            f"{PRINTED:.0%} under noise of stddev 1, 0 % of the adversarial ones",
+            f"{results.percent(PRINTED, 0)} under noise of stddev 1, 0 % of the adversarial ones",
             ", ".join(
                 f"{name}: {results.percent(noisy[name, 'noisy'].mean, 1)} against "
                 f"{results.percent(share, 1)}"
@@ -182,7 +182,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
         ),
         results.Claim(
             "Under Gaussian noise of stddev 1 a net is right about half of the images",
-            f"{PRINTED:.0%}, of a net that is not named",
+            f"{results.percent(PRINTED, 0)}, of a net that is not named",
             f"{min(means):.0f} to {max(means):.0f} %, by net and by whether the images are cut to "
             f"[0, 1]; near it {', '.join(near) or 'none'}",
             "holds" if near else "does not hold",

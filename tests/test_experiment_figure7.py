@@ -37,7 +37,7 @@ def test_the_nets_read_noise_better_than_what_was_distorted_for_them(quick):
                 assert 0.1 < right[noisy] / run["images"] < right["test"] / run["images"] < 1
     worse, printed = figure7.claims(content)
     assert worse.verdict == "holds"
-    assert f"{paper.FIGURE7_GAUSSIAN_ACCURACY:g}%" in printed.paper
+    assert f"{paper.FIGURE7_GAUSSIAN_ACCURACY:g} %" in printed.paper
 
 
 def with_noisy_share(content, share):

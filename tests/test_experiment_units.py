@@ -126,29 +126,34 @@ def test_training_makes_them_alike_and_noise_and_principal_axes_do_not(rotated):
     assert purity("noise", "", "units") < 0.35
 
 
-def with_effects(content, **changed):
+def with_outcome(content, *, effect, identity):
     other = json.loads(json.dumps(content))
     for i, run in enumerate(other["runs"]):
         for row in run["rows"]:
             for score in rotation.SCORES:
-                row[score] |= {name: value + 1e-4 * i for name, value in changed.items()}
+                row[score] |= {"effect": effect + 1e-4 * i, "identity": identity}
+                row[score]["rotated_quantiles"] = [0.5, 0.6, 0.8, 0.9]
     return other
 
 
 @pytest.mark.parametrize(
-    ("effect", "p_value", "verdict"),
+    ("effect", "identity", "verdict"),
     [
-        (0.01, 0.4, "holds"),
-        (0.01, 0.001, "holds"),
-        (0.2, 0.001, "does not hold"),
-        (0.2, 0.4, "cannot be tested here"),
+        (0.01, 0.7, "holds"),
+        (0.01, 0.81, "holds"),
+        (0.2, 0.85, "does not hold"),
+        (-0.2, 0.55, "does not hold"),
+        (0.2, 0.7, "cannot be tested here"),
     ],
 )
 def test_the_claim_holds_only_where_the_effect_is_shown_to_be_small(
-    rotated, effect, p_value, verdict
+    rotated, effect, identity, verdict
 ):
-    (claim,) = rotation.claims(with_effects(rotated[0], effect=effect, p_value=p_value))
+    content = with_outcome(rotated[0], effect=effect, identity=identity)
+    (claim,) = rotation.claims(content)
     assert claim.verdict == verdict
+    n = 8 if abs(effect) < rotation.MARGIN else 0
+    assert f"in {n} they are shown" in claim.ours
 
 
 def test_the_qualities_are_ink_height_width_and_slant_and_less_of_each():
