@@ -20,10 +20,13 @@ EXPERIMENTS = (
     "table2",
     "table3",
     "table4",
+    "table5",
     "fgsm",
     "figure1",
     "rotation",
     "figure7",
+    "adversarial",
+    "lipschitz",
     "benchmark",
     "throughput",
 )

@@ -33,6 +33,8 @@ SECTIONS = (
     "figure1",
     "rotation",
     "figure7",
+    "adversarial",
+    "table5",
 )
 
 

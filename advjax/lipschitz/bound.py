@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from advjax.lipschitz import links, patterns
-from advjax.lipschitz.chains import Method, lipsdp
+from advjax import checks
+from advjax.lipschitz import intervals, links, patterns
+from advjax.lipschitz.chains import ChainBound, Method, lipsdp, product
 from advjax.lipschitz.convolution import Convolution
 from advjax.lipschitz.norms import Dense
 from advjax.lipschitz.rules import (
@@ -22,8 +24,9 @@ from advjax.lipschitz.rules import (
     Rule,
     linear_layer,
 )
-from advjax.lipschitz.signals import Operation, Scalar, Signal
+from advjax.lipschitz.signals import Interval, Operation, Scalar, Signal
 from advjax.lipschitz.walk import Context, largest, walk
+from advjax.types import Box
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +51,7 @@ class Bound(NamedTuple):
     """A Lipschitz bound of a function, in L2.
 
     Attributes:
-        constant: `|fn(x) - fn(y)| <= constant |x - y|` for all x and y.
+        constant: `|fn(x) - fn(y)| <= constant |x - y|` for all x and y that were asked for.
         layers: What the bound is made of, in the order of evaluation.
     """
 
@@ -60,6 +63,8 @@ def bound(
     fn: Callable[..., PyTree[Array]],
     *example_inputs: PyTree[Float[Array, "..."]],
     method: Method | None = None,
+    box: Box | None = None,
+    radius: Float[ArrayLike, ""] | None = None,
 ) -> Bound:
     """A Lipschitz bound of any JAX function, read off its jaxpr.
 
@@ -71,24 +76,29 @@ def bound(
         fn: A function of arrays. Its parameters are what it closes over (a `functools.partial` will
             do); they may be traced, and the bound is differentiable with respect to them.
         *example_inputs: Arrays of the shapes and dtypes of its arguments, or
-            `jax.ShapeDtypeStruct`s; the values do not matter.
+            `jax.ShapeDtypeStruct`s; the values do not matter, but for a `radius`.
         method: How to bound dense layers that only biases and nondecreasing activations are
             between, such as `lipsdp`, or with options `functools.partial(lipsdp, num_steps=500)`.
             Such a chain is then one layer of the breakdown. By default the product of the norms.
+        box: Where the inputs are, a pair (lower, upper) that broadcasts to each of them. The bound
+            then holds between any two inputs in the box, and is the smaller for it where a unit
+            saturates or stays on one side of its ReLU. By default they may be anywhere.
+        radius: How far, in L2, all inputs together may be from `example_inputs`. With a box, both.
 
     Returns:
         A `Bound`, in L2 over all inputs and all outputs taken together. It is that of the function
         in exact arithmetic; what evaluating it in float32 adds is not a matter of the input.
 
     Raises:
-        TypeError: If an input is not floating.
+        TypeError: If an input is not floating, or not an array although there is a `radius`.
+        ValueError: If `box` is not such a pair.
         NotLipschitzError: If there is an operation without a rule, or without a bound, on the way
             to the output; the message names it and its line, and says what to do. It is a
             `ValueError`.
 
     Source: Szegedy et al. (2013), section 4.3, with the corrections of Virmaux and Scaman (2018).
     """
-    outputs = _outputs(fn, example_inputs, method)
+    outputs = _outputs(fn, example_inputs, method, box, radius)
     total = RULES["concatenate"](Operation("", tuple(outputs), {}, ())) if outputs else 0.0
     return Bound(jnp.asarray(total * ROUNDING), tuple(_layers(outputs)))
 
@@ -97,6 +107,8 @@ def pairwise(
     fn: Callable[..., PyTree[Array]],
     *example_inputs: PyTree[Float[Array, "..."]],
     method: Method = lipsdp,
+    box: Box | None = None,
+    radius: Float[ArrayLike, ""] | None = None,
 ) -> Float[Array, "classes classes"]:
     """Lipschitz bounds of the difference of each two outputs of a function.
 
@@ -107,6 +119,8 @@ def pairwise(
         fn: As for `bound`; its result is one vector, such as logits.
         *example_inputs: As for `bound`.
         method: As for `bound`.
+        box: As for `bound`.
+        radius: As for `bound`. The bounds then certify no more than this radius.
 
     Returns:
         A symmetric matrix for `certified_radius`. Where the function does not end in a dense layer,
@@ -116,7 +130,7 @@ def pairwise(
         TypeError: As for `bound`.
         ValueError: As for `bound`, or if the result is not one vector.
     """
-    outputs = _outputs(fn, example_inputs, method)
+    outputs = _outputs(fn, example_inputs, method, box, radius)
     out = jax.eval_shape(fn, *example_inputs)
     if len(jnp.shape(out)) != 1 or not hasattr(out, "shape"):
         raise ValueError(f"fn: returns {out}, expected one vector; use jax.vmap for a batch.")
@@ -129,7 +143,7 @@ def pairwise(
         return jnp.where(jnp.eye(n, dtype=bool), 0, steepest * ROUNDING)
     chain = links.ending(dense)
     assert chain is not None
-    return method(chain.kernels, chain.slopes).pairs * chain.start.constant * ROUNDING
+    return _chain_bound(method, chain).pairs * chain.start.constant * ROUNDING
 
 
 def linear_layers(
@@ -153,7 +167,11 @@ def linear_layers(
 
 
 def _outputs(
-    fn: Callable[..., PyTree[Array]], example_inputs: Sequence[Any], method: Method | None
+    fn: Callable[..., PyTree[Array]],
+    example_inputs: Sequence[Any],
+    method: Method | None,
+    box: Box | None,
+    radius: Float[ArrayLike, ""] | None,
 ) -> list[Signal]:
     """What depends on the input among the results of a function."""
     for leaf in jax.tree.leaves(example_inputs):
@@ -163,8 +181,11 @@ def _outputs(
                 "is no input with functools.partial."
             )
     closed = jax.make_jaxpr(fn)(*example_inputs)
-    inputs = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars]
-    context = Context(functools.partial(_apply, method))
+    inputs = [
+        _input(leaf, v.aval, box, radius)
+        for leaf, v in zip(jax.tree.leaves(example_inputs), closed.jaxpr.invars, strict=True)
+    ]
+    context = Context(functools.partial(_apply, method, radius))
     outputs = [x for x in walk(closed, inputs, context) if isinstance(x, Signal)]
     for signal in outputs:
         if signal.reason:
@@ -172,13 +193,39 @@ def _outputs(
     return outputs
 
 
-def _apply(method: Method | None, op: Operation, avals: Sequence[Any], rules: dict) -> list[Signal]:
+def _input(leaf: Any, aval: Any, box: Box | None, radius: Float[ArrayLike, ""] | None) -> Signal:
+    """An input of the function, and where it is."""
+    interval = centre = None
+    if radius is not None:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"example_inputs: {leaf}, expected the array that `radius` is around.")
+        x = jnp.asarray(leaf, aval.dtype)
+        centre = Interval(x, x)
+        interval = intervals.widened_by(centre, radius)
+    if box is not None:
+        like = jnp.zeros(aval.shape, aval.dtype)
+        lower, upper = checks.box(box, like)
+        ends = Interval(like + lower, like + upper)
+        interval = ends if interval is None else intervals.intersection(interval, ends)
+    return Signal(aval.shape, aval.dtype, 1.0, interval=interval, centre=centre)
+
+
+def _apply(
+    method: Method | None,
+    radius: Float[ArrayLike, ""] | None,
+    op: Operation,
+    avals: Sequence[Any],
+    rules: dict,
+) -> list[Signal]:
     """The results of an operation, by a pattern that it completes or by its rule."""
     found = patterns.match(op, avals[0]) if rules is RULES else None
     layer, rule = op, rules.get(op.name)
     if found is not None:
         layer, gain = found
         rule = functools.partial(_times, gain)
+    slope = links.local_slope(layer) if rules is RULES else None
+    if isinstance(slope, jax.Array):
+        rule = functools.partial(_times, jnp.max(slope, initial=0))
     reason = next((s.reason for s in layer.signals if s.reason), "")
     constant: Scalar | Callable[[], Scalar] = float("inf")
     if reason:
@@ -194,7 +241,28 @@ def _apply(method: Method | None, op: Operation, avals: Sequence[Any], rules: di
             constant = _rounded_up(layer, rule)
         except NotLipschitzError as error:
             reason = _unsupported(op, str(error))
-    return [Signal(a.shape, a.dtype, constant, op, layer, reason) for a in avals]
+    interval = centre = None
+    if rules is RULES and not reason:
+        interval, centre = _location(op, radius)
+    return [Signal(a.shape, a.dtype, constant, op, layer, reason, interval, centre) for a in avals]
+
+
+def _location(
+    op: Operation, radius: Float[ArrayLike, ""] | None
+) -> tuple[Interval | None, Interval | None]:
+    """What the entries of a result are between, in all and at the example inputs."""
+    interval, centre = (
+        intervals.enclosure(op, [pick(x) if isinstance(x, Signal) else x for x in op.inputs])
+        for pick in (lambda signal: signal.interval, lambda signal: signal.centre)
+    )
+    if interval is not None and centre is not None and radius is not None:
+        chain = links.ending(op)
+        if chain is not None:
+            # An entry moves by no more than its own Lipschitz constant times the radius.
+            lengths = product(chain.kernels, chain.slopes).outputs * chain.start.constant
+            reach = links.along_units(op, lengths * radius * ROUNDING)
+            interval = intervals.intersection(interval, intervals.widened_by(centre, reach))
+    return interval, centre
 
 
 def _rounded_up(layer: Operation, rule: Rule) -> Scalar:
@@ -205,7 +273,7 @@ def _rounded_up(layer: Operation, rule: Rule) -> Scalar:
 
 
 def _times(gain: Scalar, layer: Operation) -> Scalar:
-    return gain * layer.inputs[0].constant
+    return gain * layer.signals[0].constant
 
 
 def _chained(method: Method, op: Operation, rule: Rule) -> tuple[Operation, Rule]:
@@ -216,8 +284,16 @@ def _chained(method: Method, op: Operation, rule: Rule) -> tuple[Operation, Rule
     layer = op._replace(name=f"{op.name} ({len(chain.kernels)} layers)", inputs=(chain.start,))
     return (
         layer,
-        lambda layer: method(chain.kernels, chain.slopes).constant * layer.inputs[0].constant,
+        lambda layer: _chain_bound(method, chain).constant * layer.inputs[0].constant,
     )
+
+
+def _chain_bound(method: Method, chain: links.Chain) -> ChainBound:
+    found = method(chain.kernels, chain.steepest)
+    if chain.slopes is chain.steepest:
+        return found
+    # What the multipliers that a method finds are worth need not fall with the slopes.
+    return jax.tree.map(jnp.minimum, found, method(chain.kernels, chain.slopes))
 
 
 def _unsupported(op: Operation, why: str) -> str:

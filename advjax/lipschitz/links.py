@@ -3,8 +3,10 @@
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from advjax.lipschitz.intervals import largest_slope
 from advjax.lipschitz.patterns import SELU_SLOPE
 from advjax.lipschitz.signals import Operation, Signal
 
@@ -21,18 +23,23 @@ _ORDERED = ("clamp", "sub")  # nondecreasing in one of their operands only
 _SHIFTS = ("add", "add_any", "sub", "copy", "copy_p")
 
 
+Slope = Float[Array, "*units"] | float
+
+
 class Chain(NamedTuple):
     """Dense layers, and the largest slopes between them.
 
     Attributes:
         start: What the first is applied to.
         kernels: Of each layer.
-        slopes: Of what is between each two.
+        slopes: Of what is between each two; of each unit, where the bound is a local one.
+        steepest: The same for a bound that is not.
     """
 
     start: Signal
     kernels: tuple[Float[Array, "in out"], ...]
-    slopes: tuple[float, ...]
+    slopes: tuple[Slope, ...]
+    steepest: tuple[float, ...]
 
 
 def ending(op: Operation) -> Chain | None:
@@ -42,15 +49,24 @@ def ending(op: Operation) -> Chain | None:
         return None
     signal, kernel, axis = dense[:3]
     kernels = [kernel]
-    slopes: list[float] = []
+    slopes: list[tuple[Slope, float]] = []
     while True:
-        behind, slope = _activated(signal)
+        behind, slope, steepest = _activated(signal)
         dense = None if behind.operation is None else _dense(behind.operation)
         if dense is None or dense[3] != axis:
-            return Chain(signal, tuple(kernels[::-1]), tuple(slopes[::-1]))
+            here, anywhere = zip(*slopes[::-1], strict=True) if slopes else ((), ())
+            is_global = all(isinstance(slope, float) for slope in here)
+            return Chain(signal, tuple(kernels[::-1]), anywhere if is_global else here, anywhere)
+        slopes.append((_of_units(slope, axis), steepest))
         signal, kernel, axis = dense[:3]
         kernels.append(kernel)
-        slopes.append(slope)
+
+
+def along_units(op: Operation, values: Float[Array, " units"]) -> Float[Array, "*units"]:
+    """Values for the units of a dense layer, shaped to be broadcast to its result."""
+    dense = _dense(op)
+    assert dense is not None
+    return jnp.expand_dims(values, tuple(a for a in range(len(op.shape)) if a != dense[3]))
 
 
 def is_link(op: Operation) -> bool:
@@ -60,9 +76,9 @@ def is_link(op: Operation) -> bool:
 
 def last_dense(signal: Signal) -> Operation | None:
     """The dense layer that a signal is but for a bias."""
-    behind, slope = _activated(signal, _SHIFTS)
+    behind, *_ = _activated(signal, _SHIFTS)
     op = behind.operation
-    return op if op is not None and _dense(op) is not None and slope == 1 else None
+    return op if op is not None and _dense(op) is not None else None
 
 
 def _dense(op: Operation) -> tuple[Signal, Any, int, int] | None:
@@ -79,6 +95,12 @@ def _dense(op: Operation) -> tuple[Signal, Any, int, int] | None:
     return signal, kernel if rows == 0 else kernel.T, before, behind
 
 
+def local_slope(op: Operation) -> Slope | None:
+    """The largest slope of an elementwise operation where the bound is asked for, by entries."""
+    steepest = _slope(op)
+    return None if steepest is None else largest_slope(op, steepest)
+
+
 def _slope(op: Operation, names: Any = _SLOPES) -> float | None:
     """The largest slope of an elementwise operation; None unless it is one."""
     if op.name not in names or len(op.signals) != 1 or op.signals[0].shape != op.shape:
@@ -90,13 +112,22 @@ def _slope(op: Operation, names: Any = _SLOPES) -> float | None:
     return _SLOPES[op.name]
 
 
-def _activated(signal: Signal, names: Any = _SLOPES) -> tuple[Signal, float]:
-    """What a signal is an elementwise function of, and the largest slope of that."""
+def _of_units(slope: Slope, axis: int) -> Slope:
+    """The largest slope of each unit, which are along an axis."""
+    if isinstance(slope, float):
+        return slope
+    return jnp.max(slope, axis=tuple(a for a in range(slope.ndim) if a != axis), initial=0)
+
+
+def _activated(signal: Signal, names: Any = _SLOPES) -> tuple[Signal, Slope, float]:
+    """What a signal is an elementwise function of, and the largest slopes of that."""
+    local: Slope = 1.0
     total = 1.0
     while signal.layer is not None:
         slope = _slope(signal.layer, names)
         if slope is None:
             break
         total *= slope
+        local = local * largest_slope(signal.layer, slope)
         (signal,) = signal.layer.signals
-    return signal, total
+    return signal, local, total

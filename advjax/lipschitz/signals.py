@@ -12,6 +12,13 @@ from jaxtyping import Array, Float
 Scalar = Float[Array, ""] | float
 
 
+class Interval(NamedTuple):
+    """What the entries of an array are between."""
+
+    lower: Float[Array, "*shape"]
+    upper: Float[Array, "*shape"]
+
+
 class Operation(NamedTuple):
     """An operation of the function whose bound is sought.
 
@@ -50,6 +57,8 @@ class Signal:
         operation: What made it, as it is written; None for the input itself.
         layer: What that amounts to: for the last operation of a softmax, the softmax.
         reason: Why the constant is infinite.
+        interval: What its entries are between where the bound is asked for; None if unknown.
+        centre: The same at the example inputs alone.
     """
 
     shape: tuple[int, ...]
@@ -58,6 +67,8 @@ class Signal:
     operation: Operation | None = None
     layer: Operation | None = None
     reason: str = ""
+    interval: Interval | None = None
+    centre: Interval | None = None
 
     @functools.cached_property
     def constant(self) -> Scalar:

@@ -45,6 +45,7 @@ class MLP(nn.Module):
         params = model.init(key, image)
         logits = model.apply(params, image)
         phi = model.apply(params, image, method="layers")["hidden2"]
+        logits = model.apply(params, phi, after="hidden2")
 
     Attributes:
         features: The width of each layer; the last is the number of classes.
@@ -57,21 +58,30 @@ class MLP(nn.Module):
     activation: Callable[[Array], Array] = jax.nn.sigmoid
 
     @nn.compact
-    def layers(self, x: Float[Array, "*shape"]) -> dict[str, Float[Array, " features"]]:
+    def layers(
+        self, x: Float[Array, "*shape"], *, after: str | None = None
+    ) -> dict[str, Float[Array, " features"]]:
         """The output of each layer by its name: "hidden1", "hidden2", ..., "logits".
 
         Hidden outputs are taken after the activation, and before it as "hidden1_preactivation" and
-        so on. Parameters are named by layer.
+        so on. Parameters are named by layer. With `after="hidden1"`, `x` is the output of that
+        layer, and the outputs are those of the layers above.
         """
-        return dense_layers(jnp.ravel(x), self.features, self.activation)
+        return dense_layers(jnp.ravel(x), self.features, self.activation, after=after)
 
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, " classes"]:
-        """The logits of one example."""
-        return self.layers(x)["logits"]
+    def __call__(
+        self, x: Float[Array, "*shape"], *, after: str | None = None
+    ) -> Float[Array, " classes"]:
+        """The logits of one example, or of a hidden layer's output with `after="hidden1"`."""
+        return self.layers(x, after=after)["logits"]
 
 
 def dense_layers(
-    x: Float[Array, " inputs"], features: Sequence[int], activation: Callable[[Array], Array]
+    x: Float[Array, " inputs"],
+    features: Sequence[int],
+    activation: Callable[[Array], Array],
+    *,
+    after: str | None = None,
 ) -> dict[str, Float[Array, " features"]]:
     """The dense layers that end a classifier, and the outputs of each by their names.
 
@@ -81,14 +91,22 @@ def dense_layers(
         x: The flat input.
         features: The width of each layer; the last is the number of classes.
         activation: The elementwise function after every layer but the last.
+        after: The hidden layer whose output `x` is, if it is that of one.
 
     Returns:
-        "hidden1_preactivation", "hidden1", and so on for each hidden layer, and "logits".
+        "hidden1_preactivation", "hidden1", and so on for each hidden layer above `x`, and "logits".
+
+    Raises:
+        ValueError: If there is no hidden layer of the name `after`.
     """
     outputs: dict[str, Array] = {}
-    *hidden, classes = features
-    for i, width in enumerate(hidden, start=1):
-        z = nn.Dense(width, name=f"hidden{i}")(x)
+    *widths, classes = features
+    names = [f"hidden{i}" for i in range(1, len(features))]
+    if after is not None and after not in names:
+        raise ValueError(f"after: {after!r}, expected one of {', '.join(names)}, or None.")
+    first = 0 if after is None else names.index(after) + 1
+    for name, width in zip(names[first:], widths[first:], strict=True):
+        z = nn.Dense(width, name=name)(x)
         x = activation(z)
-        outputs |= {f"hidden{i}_preactivation": z, f"hidden{i}": x}
+        outputs |= {f"{name}_preactivation": z, name: x}
     return outputs | {"logits": nn.Dense(classes, name="logits")(x)}

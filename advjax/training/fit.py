@@ -1,5 +1,6 @@
 """Training by minimising a mean loss over batches of examples."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,24 +17,40 @@ from advjax.progress import bar
 from advjax.training.penalties import BATCH, Penalty
 
 
+class AuxiliaryLoss(NamedTuple):
+    """A further term of what `fit` minimises, whose state is brought up to date before each epoch.
+
+    Attributes:
+        init: `params -> state`, any pytree of arrays.
+        update: `(key, params, state) -> state`, before each epoch, and not under `jax.jit`.
+        loss: `(key, params, state) -> scalar`, in each step. The state is a constant to `jax.grad`.
+    """
+
+    init: Callable[[PyTree[Array]], PyTree[Array]]
+    update: Callable[[Key[Array, ""], PyTree[Array], PyTree[Array]], PyTree[Array]]
+    loss: Callable[[Key[Array, ""], PyTree[Array], PyTree[Array]], Float[Array, ""]]
+
+
 class FitResult(NamedTuple):
     """Trained parameters and how the training went.
 
     Attributes:
         params: The parameters after the last epoch.
-        losses: For each epoch the mean loss over its batches, the penalty included, each batch
-            measured just before its update.
+        losses: For each epoch the mean loss over its batches, the penalty and the auxiliary loss
+            included, each batch measured just before its update.
         converged: Whether the loss had stopped falling, as `tol` and `patience` define it. False
             after a loss that is not finite, which ends the training.
+        auxiliary: The last state of the auxiliary loss; None without one.
     """
 
     params: PyTree[Array]
     losses: Float[Array, " epochs"]
     converged: bool
+    auxiliary: PyTree[Array] = None
 
 
 def fit(
-    apply: Callable[[PyTree[Array], Float[Array, "*shape"]], Array],
+    apply: Callable[..., Array],
     params: PyTree[Array],
     images: Float[ArrayLike, " n *shape"],
     labels: Shaped[ArrayLike, " n ..."],
@@ -41,6 +58,8 @@ def fit(
     key: Key[Array, ""],
     loss: Callable[[Array, Array], Float[Array, ""]] = losses.cross_entropy,
     penalty: Penalty | None = None,
+    auxiliary: AuxiliaryLoss | None = None,
+    stochastic: bool = False,
     optimizer: optax.GradientTransformation | None = None,
     epochs: int = 60,
     batch_size: int = 256,
@@ -63,6 +82,10 @@ def fit(
         loss: Of one output of the network and one label. It is mapped over the axis "batch", for
             terms of a whole batch, such as `sparsity`.
         penalty: A scalar function of the parameters, such as `weight_decay(1e-4)`.
+        auxiliary: A further loss, on what is not among the images: `adversarial_pools(...)`.
+        stochastic: Whether `apply` takes a random key as its third argument, another one for each
+            image and step: for dropout, `lambda params, x, key: model.apply(params, x,
+            rngs={"dropout": key})`, and for random augmentations of the image.
         optimizer: Any Optax optimizer. By default Adam, its learning rate falling from 5e-3 to 0
             along a cosine over all epochs.
         epochs: The most epochs to train for.
@@ -101,40 +124,54 @@ def fit(
     # scanned: in the body of a loop XLA's gradients of convolutions are 25 times slower on a CPU
     # (jax-ml/jax#12868), and a step takes long enough to hide what starting it costs.
     @jax.jit
-    def run_step(params, state, batch, images, labels):
+    def run_step(params, state, extra, key, step, batch, images, labels):
+        image_key, extra_key = jax.random.split(jax.random.fold_in(key, step))
+        image_keys = (jax.random.split(image_key, batch_size),) if stochastic else ()
+
         def objective(params):
-            outputs = jax.vmap(apply, in_axes=(None, 0))(params, images[batch])
+            outputs = jax.vmap(functools.partial(apply, params))(images[batch], *image_keys)
             value = jnp.mean(jax.vmap(loss, axis_name=BATCH)(outputs, labels[batch]))
-            return value if penalty is None else value + penalty(params)
+            if penalty is not None:
+                value += penalty(params)
+            if auxiliary is not None:
+                value += auxiliary.loss(extra_key, params, extra)
+            return value
 
         value, grad = jax.value_and_grad(objective)(params)
         updates, state = update(grad, state, params, value=value, grad=grad, value_fn=objective)
         return optax.apply_updates(params, updates), state, value
 
-    def run_epoch(params, state, key):
+    def run_epoch(params, state, extra, key, noise_key):
         # `resize` repeats the permutation from its start until the last batch is full.
         batches = jnp.resize(jax.random.permutation(key, n), (steps, batch_size))
         values = []
-        for batch in np.asarray(batches):
-            params, state, value = run_step(params, state, batch, images, labels)
+        for step, batch in enumerate(np.asarray(batches)):
+            params, state, value = run_step(
+                params, state, extra, noise_key, step, batch, images, labels
+            )
             values.append(value)
         return params, state, np.mean(values)
 
     state = optimizer.init(params)
+    extra = None if auxiliary is None else auxiliary.init(params)
     history: list[float] = []
     converged = False
-    epoch_keys: Any = jax.random.split(key, epochs)
+    order_keys = jax.random.split(key, epochs)
+    noise_keys = jax.random.split(jax.random.fold_in(key, epochs), epochs)
+    epoch_keys: Any = list(zip(order_keys, noise_keys, strict=True))
     if progress:
         epoch_keys = bar(epoch_keys, unit="epoch")
-    for epoch_key in epoch_keys:
-        params, state, value = run_epoch(params, state, epoch_key)
+    for order_key, noise_key in epoch_keys:
+        if auxiliary is not None:
+            extra = auxiliary.update(jax.random.fold_in(noise_key, steps), params, extra)
+        params, state, value = run_epoch(params, state, extra, order_key, noise_key)
         history.append(float(value))
         if progress:
             epoch_keys.set_postfix(loss=history[-1])
         converged = _has_converged(history, tol, patience)
         if converged or not math.isfinite(history[-1]):
             break
-    return FitResult(params, jnp.asarray(history), converged)
+    return FitResult(params, jnp.asarray(history), converged, extra)
 
 
 def _has_converged(history: list[float], tol: float, patience: int) -> bool:
