@@ -421,8 +421,8 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
             "stated",
             f"{violations} of {sum(run['right'] for run in sandwiches):,} images within any of "
             f"the certified radii, which reach {results.percent(float(np.mean(loosest)), 1)} "
-            f"(product) to {results.percent(float(np.mean(tightest)), 1)} (pairs) of the way to "
-            "the nearest",
+            f"(product) to {results.percent(float(np.mean(tightest)), 1)} (pairs, near each "
+            "image) of the way to the nearest",
             "holds" if not violations else "does not hold",
         ),
         results.Claim(

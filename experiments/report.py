@@ -92,7 +92,7 @@ def compose(sections: list[tuple[ModuleType, dict[str, Any]]]) -> str:
     for module, content in sections:
         summary, _, method = (inspect.getdoc(module) or "").partition("\n\n")
         parts += [
-            f"## {summary.partition(' (')[0]}",
+            f"## {summary.partition(';')[0]})",
             method,
             module.describe(content),
             provenance(name_of(module), content),

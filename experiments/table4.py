@@ -1,4 +1,4 @@
-"""Whether it misleads a net trained on other images (table 4; 3 min; MNIST or a sample).
+"""Adversarial examples and other training sets (table 4; 3 min; MNIST or a sample).
 
 The nets of Table 3. Test images are distorted for each, towards random other classes; a cell is the
 share that the column's net then gets wrong. For the lower half of the table each distortion is
