@@ -4,8 +4,8 @@ The nets of Table 3. Test images are distorted for each, towards random other cl
 share that the column's net then gets wrong. For the lower half of the table each distortion is
 magnified to an RMS of 0.1, after which it may leave the box; the printed formula, read literally,
 makes it 28 times smaller, which is shown too. A distortion above 0.1 becomes smaller, and may then
-mislead not even the net that it was made for, to which the paper gives 100 %. The figure shows other
-lengths.
+mislead not even the net that it was made for, to which the paper gives 100 %. The figure shows
+other lengths.
 """
 
 from collections.abc import Sequence

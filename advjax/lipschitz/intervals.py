@@ -56,9 +56,12 @@ def enclosure(op: Operation, inputs: Sequence[Any]) -> Interval | None:
     known = all(isinstance(x, Interval) for x in inputs if x is None or isinstance(x, Interval))
     if primitive is None or not known or op.params.keys() & {"jaxpr", "call_jaxpr"}:
         return None
+    dtype = op.signals[0].dtype
 
     def apply(*values, **params):
-        return primitive.bind(*values, **{**op.params, **params})
+        # Literals of a jaxpr are plain numbers.
+        arrays = [v if hasattr(v, "dtype") else jnp.asarray(v, dtype) for v in values]
+        return primitive.bind(*arrays, **{**op.params, **params})
 
     if op.name in _ORDERED:
         return Interval(*(apply(*(_end(x, end) for x in inputs)) for end in (0, 1)))
@@ -72,7 +75,9 @@ def enclosure(op: Operation, inputs: Sequence[Any]) -> Interval | None:
     if op.name == "neg":
         return Interval(-inputs[0].upper, -inputs[0].lower)
     terms = _terms(op)
-    return None if terms is None else _linear(op, inputs, terms, apply)
+    if terms is None or 2 * (terms + 4) * jnp.finfo(op.signals[0].dtype).eps > 1:
+        return None  # not linear, or too many terms for so few digits
+    return _linear(op, inputs, terms, apply)
 
 
 def _end(value: Any, end: int) -> Any:
