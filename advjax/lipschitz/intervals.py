@@ -75,9 +75,7 @@ def enclosure(op: Operation, inputs: Sequence[Any]) -> Interval | None:
     if op.name == "neg":
         return Interval(-inputs[0].upper, -inputs[0].lower)
     terms = _terms(op)
-    if terms is None or 2 * (terms + 4) * jnp.finfo(op.signals[0].dtype).eps > 1:
-        return None  # not linear, or too many terms for so few digits
-    return _linear(op, inputs, terms, apply)
+    return None if terms is None else _linear(op, inputs, terms, apply)
 
 
 def _end(value: Any, end: int) -> Any:
@@ -101,15 +99,18 @@ def _terms(op: Operation) -> int | None:
     return None
 
 
-def _linear(op: Operation, inputs: Sequence[Any], terms: int, apply: Callable) -> Interval:
+def _linear(op: Operation, inputs: Sequence[Any], terms: int, apply: Callable) -> Interval | None:
     (interval,) = (x for x in inputs if isinstance(x, Interval))
+    dtype = interval.lower.dtype
+    eps = float(jnp.finfo(dtype).eps)
+    if (terms + 4) * eps >= 1:  # as for a long sum in half precision
+        return None
     if "precision" in op.params:
         highest = jax.lax.Precision.HIGHEST
         accurate = {"precision": (highest, highest)}
     else:
         accurate = {}
-    dtype = interval.lower.dtype
-    error, eps = gamma(terms + 4, dtype), float(jnp.finfo(dtype).eps)
+    error = gamma(terms + 4, dtype)
     middle = interval.lower / 2 + interval.upper / 2
     radius = jnp.maximum(interval.upper - middle, middle - interval.lower) * (1 + 2 * eps)
 
