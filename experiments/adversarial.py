@@ -1,4 +1,4 @@
-"""Adversarial training beside decay and dropout (section 4.2; 15 min; MNIST or a sample).
+"""Adversarial training beside dropout (section 4.2; 15 min; MNIST or a sample).
 
 The paper keeps a pool of adversarial examples, a random part of which is replaced all the time,
 and mixes it into the training set; it gained only with a pool for the outputs of each layer, which
