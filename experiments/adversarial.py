@@ -31,7 +31,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree
 
-from advjax import attacks, data, metrics, runner, training, transfer
+from advjax import attacks, data, metrics, training, transfer
 from experiments import nets, paper, results
 
 RECIPE = nets.RECIPES["FC100-100-10"]
@@ -88,7 +88,6 @@ def main(
     """
     train, test = results.load(dataset, source, quick=quick)
     images, seeds = (32, 2) if quick else (images, seeds)
-    epochs = 16 if quick else RECIPE.epochs
     options = POOL | ({"size": 400, "count": 100} if quick else {})
     train_images = jnp.asarray(train.images)
 
@@ -114,14 +113,16 @@ def main(
                 how = {"auxiliary": pools[arm]}
             print(f"{arm}: training on {len(train.labels):,} images", flush=True)
             start = time.monotonic()
-            fitted = fit(jax.random.key(seed), train, epochs=epochs, **how)
+            fitted = fit(jax.random.key(seed), train, steps=300 if quick else None, **how)
             minutes = (time.monotonic() - start) / 60
             net = nets.Net(arm, RECIPE.model, fitted.params)
+            result = nets.attack_victims(attacks.minimum_norm, net, chosen)
             rows[arm] = {
                 "arm": arm,
                 "train_error": metrics.error_rate(net.logits_fn, *train[:2]),
                 "test_error": metrics.error_rate(net.logits_fn, *test[:2]),
-                **_distortion(net, chosen),
+                "distortion": float(result.distortion.mean()),
+                "success": float(result.success.mean()),
                 "pools": [float(pool.distortion.mean()) for pool in fitted.auxiliary or ()],
                 "minutes": minutes,
             }
@@ -144,24 +145,22 @@ def fit(
     key: Key[Array, ""],
     train: data.Dataset,
     *,
-    epochs: int,
+    steps: int | None = None,
     apply: Any = RECIPE.model.apply,
     decay: float = 1.0,
     **options: Any,
 ) -> training.FitResult:
     """Trains as `nets.train` does with the same key, but for the options."""
     init_key, order_key = jax.random.split(key)
-    return training.fit(
+    return nets.fit(
+        RECIPE,
         apply,
         RECIPE.model.init(init_key, train.images[0]),
         train.images,
         train.labels,
         key=order_key,
+        steps=steps,
         penalty=training.weight_decay([decay * weight for weight in RECIPE.weight_decay]),
-        epochs=epochs,
-        patience=epochs,  # the schedule ends it
-        batch_size=RECIPE.batch_size,
-        progress=True,
         **options,
     )
 
@@ -195,19 +194,6 @@ def noisy(key: Any, logits_fn: Any, x: Array, label: Array, *, rms: float) -> Ar
     """An example under Gaussian noise."""
     del logits_fn, label
     return transfer.gaussian(key, x, rms)
-
-
-def _distortion(net: nets.Net, chosen: nets.Victims) -> results.Row:
-    result = runner.attack_images(
-        functools.partial(attacks.minimum_norm, net.logits_fn),
-        chosen.images,
-        chosen.targets,
-        progress=f"{net.name}: minimum_norm",
-    )
-    return {
-        "distortion": float(result.distortion.mean()),
-        "success": float(result.success.mean()),
-    }
 
 
 def describe(content: dict[str, Any]) -> str:
@@ -285,34 +271,28 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
             f"{printed[ALL]} % against {printed[PLAIN]} % and {printed[DROPPED]} %",
             f"{error(ALL)} against {error(PLAIN)} and {error(DROPPED)}; differences in points: "
             + _listed(rivals, 2),
-            _verdict(gained),
+            results.verdict(gained),
         ),
         results.Claim(
             "A pool for the input alone does not gain; pools for all layers do",
             "stated",
             f"against weight decay, in points: {_listed({INPUT: alone, ALL: rivals[PLAIN]}, 2)}",
-            _verdict([not _below(alone), gained[0]]) if gained[0] else "does not hold",
+            results.verdict([not _below(alone), gained[0]]) if gained[0] else "does not hold",
         ),
         results.Claim(
             "Adversarial examples of the higher layers are the most useful",
             "observed",
             f"against weight decay, in points: {_listed(single, 2)}; the pool of hidden2 against "
             f"that of the input: {results.number(higher, 2)}",
-            _verdict([_below(higher), _below(single["hidden2 pool"])]),
+            results.verdict([_below(higher), _below(single["hidden2 pool"])]),
         ),
         results.Claim(
             "Adversarial training makes a net more robust",
             "not measured",
             f"mean minimum distortion, more than weight decay's by {_listed(robust, 4)}",
-            _verdict(further),
+            results.verdict(further),
         ),
     ]
-
-
-def _verdict(borne_out: Sequence[bool]) -> results.Verdict:
-    if all(borne_out):
-        return "holds"
-    return "holds in part" if any(borne_out) else "does not hold"
 
 
 def _below(difference: results.Estimate) -> bool:
@@ -336,7 +316,4 @@ def _difference(
 
 def _by_arm(content: dict[str, Any]) -> dict[str, list[results.Row]]:
     """For each arm its rows of all seeds."""
-    return {
-        rows[0]["arm"]: list(rows)
-        for rows in zip(*(run["rows"] for run in content["runs"]), strict=True)
-    }
+    return {rows[0]["arm"]: list(rows) for rows in results.over_seeds(content)}

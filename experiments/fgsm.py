@@ -107,7 +107,7 @@ def _attack(
     """What one net makes of the steps and of the nearest images, and the others of both."""
     xs, labels = chosen.images, chosen.labels
     steps = {epsilon: _step(net.logits_fn, xs, labels, epsilon) for epsilon in EPSILONS}
-    nearest = nets.attack_every_class(attacks.lbfgs, net.name, net.logits_fn, xs, labels)
+    nearest = nets.attack_every_class(attacks.lbfgs, net, chosen)
     lengths = np.where(nearest.success, nearest.distortion, np.inf)
     unclipped = _step(net.logits_fn, xs, labels, PUBLISHED.epsilon, EVERYWHERE)
     return {
@@ -316,7 +316,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
         kind: np.array([[row[kind] / row["total"] for row in rows] for rows in far])
         for kind in KINDS
     }
-    above = sum(np.all(rates["step"] > rates["control"], axis=1))
+    above = np.all(rates["step"] > rates["control"], axis=1)
     return [
         results.Claim(
             "One gradient step is enough to mislead a linear net (Goodfellow et al. 2014)",
@@ -335,11 +335,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
             ", ".join(f"{cost:.1f} times ({name})" for name, cost in costs.items())
             + "; where both get half of the images wrong, "
             + ", ".join(f"{half:.1f}" for half in halves.values()),
-            "holds"
-            if min(costs.values()) > 2
-            else "holds in part"
-            if max(costs.values()) > 2
-            else "does not hold",
+            results.verdict(cost > 2 for cost in costs.values()),
         ),
         results.Claim(
             "Its examples mislead other nets too (Goodfellow et al. 2014)",
@@ -348,7 +344,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
             f"its pixels with signs at random on {results.percent(rates['control'].mean(), 1)}, "
             "the nearest images magnified to its RMS on "
             f"{results.percent(rates['nearest'].mean(), 1)}",
-            "holds" if above == len(far) else "holds in part" if above else "does not hold",
+            results.verdict(above),
         ),
     ]
 
@@ -384,7 +380,7 @@ def draw(content: dict[str, Any]) -> "Figure":
 
 def _by_net(content: dict[str, Any]) -> Iterator[tuple[str, list[results.Row]]]:
     """For each net its rows of all seeds."""
-    for rows in zip(*(run["rows"] for run in content["runs"]), strict=True):
+    for rows in results.over_seeds(content):
         yield rows[0]["net"], list(rows)
 
 

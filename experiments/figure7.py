@@ -8,7 +8,6 @@ nets anew and draws other noise, and other digits and target classes for (a) and
 of the first one. What lies outside [0, 1] is drawn as black or white.
 """
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from advjax import attacks, metrics, plots, runner
+from advjax import attacks, metrics, plots
 from experiments import nets, paper, results
 
 NETS = tuple(paper.TABLE1)
@@ -69,10 +68,7 @@ def main(
                 "right": {kind: _right(net, xs, test.labels) for kind, xs in shown.items()},
             }
             if name in PANELS:
-                attack = functools.partial(attacks.lbfgs, net.logits_fn)
-                result = runner.attack_images(
-                    attack, chosen.images, chosen.targets, progress=f"{name}: lbfgs"
-                )
+                result = nets.attack_victims(attacks.lbfgs, net, chosen)
                 row["adversarial"] = {
                     "right": _right(net, result.x_adv, chosen.labels),
                     "distortion": float(result.distortion.mean()),
@@ -192,7 +188,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
 
 def _by_net(content: dict[str, Any]) -> Iterator[tuple[str, list[results.Row]]]:
     """For each net its rows of all seeds."""
-    for rows in zip(*(run["rows"] for run in content["runs"]), strict=True):
+    for rows in results.over_seeds(content):
         yield rows[0]["net"], list(rows)
 
 

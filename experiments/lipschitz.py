@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, Key
 
 from advjax import attacks, data, lipschitz, metrics, training
@@ -191,7 +190,7 @@ def _local_radii(
 
 def _distances(attack: Any, net: nets.Net, chosen: nets.Victims) -> Float[np.ndarray, " n"]:
     """In L2, that of the nearest image of any other class that an attack finds."""
-    found = nets.attack_every_class(attack, net.name, net.logits_fn, chosen.images, chosen.labels)
+    found = nets.attack_every_class(attack, net, chosen)
     l2 = found.distortion * math.sqrt(math.prod(chosen.images.shape[1:]))
     return np.where(found.success, l2, np.inf)
 
@@ -286,28 +285,20 @@ def _train(
 ) -> nets.Net:
     """A net trained by its recipe, but for what its parameters are held back with."""
     recipe = nets.RECIPES[name]
+    apply = recipe.model.apply
     init_key, order_key = jax.random.split(key)
-    n, batch = len(train.labels), recipe.batch_size
-    epochs = math.ceil(steps * batch / n)
-    schedule = optax.cosine_decay_schedule(recipe.learning_rate, epochs * math.ceil(n / batch))
-    optimizer = optax.adam(schedule)
-    if strength:
-        penalty = training.lipschitz_penalty(strength, recipe.model.apply, train.images[0])
-        optimizer = optax.chain(penalty, optimizer)
-    params = training.fit(
-        recipe.model.apply,
+    fitted = nets.fit(
+        recipe,
+        apply,
         recipe.model.init(init_key, train.images[0]),
         train.images,
         train.labels,
         key=order_key,
-        optimizer=optimizer,
+        steps=steps,
+        before=training.lipschitz_penalty(strength, apply, train.images[0]) if strength else None,
         penalty=training.weight_decay(recipe.weight_decay) if decay else None,
-        epochs=epochs,
-        patience=epochs,  # the schedule ends it
-        batch_size=batch,
-        progress=True,
-    ).params
-    return nets.Net(name, recipe.model, params)
+    )
+    return nets.Net(name, recipe.model, fitted.params)
 
 
 # --- words -----------------------------------------------------------------------------------
@@ -438,7 +429,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
                 )
                 if gain is not None
             ),
-            "holds" if all(helps) else "holds in part" if any(helps) else "does not hold",
+            results.verdict(helps),
         ),
         results.Claim(
             "and make adversarial images farther",

@@ -189,12 +189,20 @@ def random_victims(key: Key[Array, ""], split: data.Dataset, count: int) -> Vict
     return Victims(indices, split.images[indices], labels, (labels + shifts) % 10)
 
 
+def attack_victims(
+    attack: Callable[..., attacks.AttackResult], net: Net, chosen: Victims
+) -> attacks.AttackResult:
+    """Attacks each image towards its target, with a bar."""
+    return runner.attack_images(
+        functools.partial(attack, net.logits_fn),
+        chosen.images,
+        chosen.targets,
+        progress=f"{net.name}: {attack.__name__}",
+    )
+
+
 def attack_every_class(
-    attack: Callable[..., attacks.AttackResult],
-    name: str,
-    logits_fn: jax.tree_util.Partial,
-    images: Float[np.ndarray, "n *shape"],
-    labels: Int[np.ndarray, " n"],
+    attack: Callable[..., attacks.AttackResult], net: Net, chosen: Victims
 ) -> attacks.AttackResult:
     """The nearest of the nine other classes, as `attacks.untargeted` takes it, with a bar.
 
@@ -202,15 +210,11 @@ def attack_every_class(
     the slowest of its targets.
     """
     classes = np.arange(10)
-    others = np.stack([classes[classes != label] for label in labels])
-    every = runner.attack_images(
-        functools.partial(attack, logits_fn),
-        np.repeat(images, 9, axis=0),
-        others.ravel(),
-        progress=f"{name}: {attack.__name__}, every class",
-    )
+    others = np.stack([classes[classes != label] for label in chosen.labels])
+    each = Victims(*(np.repeat(field, 9, axis=0) for field in chosen))
+    every = attack_victims(attack, net, each._replace(targets=others.ravel()))
     nearest = np.where(every.success, every.distortion, np.inf).reshape(-1, 9).argmin(axis=1)
-    return jax.tree.map(lambda leaf: leaf[9 * np.arange(len(labels)) + nearest], every)
+    return jax.tree.map(lambda leaf: leaf[9 * np.arange(len(others)) + nearest], every)
 
 
 def _recipe(name: str) -> Recipe:
@@ -223,7 +227,8 @@ def _fit_classifier(
     recipe: Recipe, params: PyTree[Array], images: Any, labels: Any, **options: Any
 ) -> PyTree[Array]:
     penalty = training.weight_decay(recipe.weight_decay)
-    return _fit(recipe, recipe.model.apply, params, images, labels, penalty=penalty, **options)
+    fitted = fit(recipe, recipe.model.apply, params, images, labels, penalty=penalty, **options)
+    return fitted.params
 
 
 def _fit_on_code(
@@ -244,7 +249,7 @@ def _fit_on_code(
         return error + training.sparsity(outputs["code"], target=pretraining.share)
 
     code_key, softmax_key = jax.random.split(key)
-    autoencoder = _fit(
+    autoencoder = fit(
         pretraining,
         layers,
         params,
@@ -254,7 +259,7 @@ def _fit_on_code(
         loss=loss,
         penalty=training.weight_decay(pretraining.weight_decay),
         **options,
-    )
+    ).params
     codes = jax.lax.map(lambda x: layers(autoencoder, x)["code"], images, batch_size=1000)
     softmax = _fit_classifier(
         recipe._replace(model=models.Softmax(recipe.model.classes)),
@@ -267,33 +272,48 @@ def _fit_on_code(
     return {"params": autoencoder["params"] | softmax["params"]}
 
 
-def _fit(
+def fit(
     schedule: Recipe | Pretraining,
-    apply: Any,
+    apply: Callable[..., Array],
     params: PyTree[Array],
     images: Any,
     labels: Any,
     *,
     key: Key[Array, ""],
-    steps: int | None,
+    steps: int | None = None,
+    before: optax.GradientTransformation | None = None,
     **objective: Any,
-) -> PyTree[Array]:
+) -> training.FitResult:
+    """Minimises any objective of `training.fit` by the schedule of a recipe, with a bar.
+
+    Args:
+        schedule: The learning rate, the batch size and the epochs.
+        apply: As for `training.fit`, and so are the parameters, images, labels and the key.
+        params: Where to start.
+        images: The training images.
+        labels: What the loss takes for each.
+        key: For the order of the images.
+        steps: How many steps to train for, as for `train`.
+        before: What gradients go through before Adam.
+        **objective: Losses and penalties of `training.fit`.
+    """
     epochs = _epochs(schedule, len(images), steps)
     epoch_steps = math.ceil(len(images) / min(schedule.batch_size, len(images)))
     learning_rate = optax.cosine_decay_schedule(schedule.learning_rate, epochs * epoch_steps)
+    adam = optax.adam(learning_rate)
     return training.fit(
         apply,
         params,
         images,
         labels,
         key=key,
-        optimizer=optax.adam(learning_rate),
+        optimizer=adam if before is None else optax.chain(before, adam),
         epochs=epochs,
         patience=epochs,  # the schedule ends it
         batch_size=schedule.batch_size,
         progress=True,
         **objective,
-    ).params
+    )
 
 
 def _epochs(recipe: Recipe | Pretraining, n: int, steps: int | None) -> int:

@@ -12,16 +12,13 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Key
 
 from advjax import data, files, transfer
 
@@ -108,7 +105,7 @@ def measure(
         config: The options that bear on the numbers, by their flags.
         splits: The data that it is measured on.
         out: The folder for the results.
-        reuse: Whether to take the numbers in `out` if they are there, of the same options and data.
+        reuse: Whether to take the numbers in `out`, if they are of the same options and source.
 
     Returns:
         What was saved: under "runs" a row for each seed, and what made them.
@@ -205,6 +202,11 @@ def save_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(text)
 
 
+def over_seeds(content: Mapping[str, Any]) -> Iterator[tuple[Row, ...]]:
+    """For each of the rows that every seed has, what each seed gave."""
+    return zip(*(run["rows"] for run in content["runs"]), strict=True)
+
+
 # --- intervals -------------------------------------------------------------------------------
 
 
@@ -247,23 +249,10 @@ def _t(n: int) -> float:
     return float(scipy.stats.t.ppf(0.975, n - 1))
 
 
-def bootstrap(
-    key: Key[Array, ""], values: Float[ArrayLike, " n"], *, resamples: int = 10_000
-) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean.
-
-    Args:
-        key: For the resampling.
-        values: A sample.
-        resamples: How often to resample it.
-
-    Returns:
-        The lower and the upper end.
-    """
-    values = jnp.asarray(values)
-    means = jnp.mean(jax.random.choice(key, values, (resamples, len(values))), axis=1)
-    low, high = jnp.quantile(means, jnp.array([0.025, 0.975]))
-    return float(low), float(high)
+def verdict(borne_out: Iterable[bool]) -> Verdict:
+    """On a claim, of which each part was borne out or not."""
+    parts = list(borne_out)
+    return "holds" if all(parts) else "holds in part" if any(parts) else "does not hold"
 
 
 # --- words -----------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ sigmoid nets take ten times the printed lambdas, which brings them nearest to th
 errors. How the autoencoder was trained the paper does not tell; ours errs more.
 """
 
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from advjax import attacks, metrics, runner
+from advjax import attacks, metrics
 from experiments import nets, paper, results
 
 NETS = tuple(paper.TABLE1)
@@ -87,16 +86,9 @@ def main(
 
 
 def _attack(attack: Any, net: nets.Net, chosen: nets.Victims) -> results.Row:
-    result = runner.attack_images(
-        functools.partial(attack, net.logits_fn),
-        chosen.images,
-        chosen.targets,
-        progress=f"{net.name}: {attack.__name__}",
-    )
+    result = nets.attack_victims(attack, net, chosen)
     few = slice(results.PAPER_IMAGES)
-    nearest = nets.attack_every_class(
-        attack, net.name, net.logits_fn, chosen.images[few], chosen.labels[few]
-    )
+    nearest = nets.attack_every_class(attack, net, nets.Victims(*(field[few] for field in chosen)))
     return {
         "distortion": float(result.distortion.mean()),
         "distortion_256": float(result.distortion[few].mean()),
@@ -218,5 +210,5 @@ def _by_net(
     content: dict[str, Any],
 ) -> Iterator[tuple[str, list[results.Row], paper.Table1]]:
     """For each net its rows of all seeds, and the paper's."""
-    for rows in zip(*(run["rows"] for run in content["runs"]), strict=True):
+    for rows in results.over_seeds(content):
         yield rows[0]["net"], list(rows), paper.TABLE1[rows[0]["net"]]

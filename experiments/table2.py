@@ -54,8 +54,8 @@ def main(
             for name in (NETS[:4:3] if quick else NETS)
         }
         rows = [transfers.Images("clean", None, chosen.images)]
-        for i, (name, net) in enumerate(trained.items()):
-            found = [transfers.adversarial(attack, name, net, chosen) for attack in ATTACKS]
+        for i, net in enumerate(trained.values()):
+            found = [transfers.adversarial(attack, net, chosen) for attack in ATTACKS]
             rows += [*found, *transfers.controls(jax.random.fold_in(key, i), chosen, found[0])]
         for stddev in STDDEVS:
             for clipped in (False, True):

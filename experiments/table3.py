@@ -6,7 +6,6 @@ are those of test images towards random other classes. The paper does not tell w
 distortions are of; a secondary note says test images.
 """
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from advjax import data, metrics, runner
+from advjax import data, metrics
 from experiments import nets, paper, results
 from experiments.table1 import ATTACKS
 
@@ -56,7 +55,7 @@ def main(
                 of: metrics.error_rate(net.logits_fn, split.images, split.labels)
                 for of, split in zip(ERRORS, (*halves, test), strict=True)
             }
-            found = {attack.__name__: _distortion(attack, name, net, chosen) for attack in ATTACKS}
+            found = {attack.__name__: _distortion(attack, net, chosen) for attack in ATTACKS}
             rows.append({"net": name, **errors, "distortion": found})
         return {"rows": rows}
 
@@ -92,24 +91,20 @@ def train_on_halves(
         prime = name.endswith("'")
         half = halves[prime]
         key = jax.random.key(seed)
-        trained[name] = nets.load_or_train(
+        net = nets.load_or_train(
             name.removesuffix("'"),
             half.images,
             half.labels,
             key=jax.random.fold_in(key, 1) if prime else key,
             steps=300 if quick else None,
         )
+        trained[name] = net._replace(name=name)
     return trained
 
 
-def _distortion(attack: Any, name: str, net: nets.Net, chosen: nets.Victims) -> list[float]:
+def _distortion(attack: Any, net: nets.Net, chosen: nets.Victims) -> list[float]:
     """The mean over all images, and over the first 256."""
-    result = runner.attack_images(
-        functools.partial(attack, net.logits_fn),
-        chosen.images,
-        chosen.targets,
-        progress=f"{name}: {attack.__name__}",
-    )
+    result = nets.attack_victims(attack, net, chosen)
     few = result.distortion[: results.PAPER_IMAGES]
     return [float(result.distortion.mean()), float(few.mean())]
 
@@ -117,7 +112,7 @@ def _distortion(attack: Any, name: str, net: nets.Net, chosen: nets.Victims) -> 
 def describe(content: dict[str, Any]) -> str:
     """Errors and distortions, each with the 95 % interval over the seeds."""
     lines = []
-    for rows in zip(*(run["rows"] for run in content["runs"]), strict=True):
+    for rows in results.over_seeds(content):
         printed = paper.TABLE3[rows[0]["net"]]
         cells = [rows[0]["net"]]
         for of in ERRORS:

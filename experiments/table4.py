@@ -59,9 +59,9 @@ def main(
         chosen = nets.random_victims(key, test, images)
         trained = train_on_halves(seed, divide(seed, train), quick=quick)
         rows = [transfers.Images("clean", None, chosen.images)]
-        for i, (name, net) in enumerate(trained.items()):
+        for i, net in enumerate(trained.values()):
             for attack in ATTACKS:
-                found = transfers.adversarial(attack, name, net, chosen)
+                found = transfers.adversarial(attack, net, chosen)
                 lengths = (LITERAL, *CURVE)
                 rows += [found, *(transfers.magnified(chosen, found, rms) for rms in lengths)]
                 if attack is ATTACKS[0]:

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Float, Key
 
-from advjax import metrics, runner, transfer
+from advjax import metrics, transfer
 from advjax.types import Box
 from experiments import nets, paper, results
 
@@ -36,17 +36,10 @@ Found = dict[tuple[str, str | None], list[results.Row]]
 # --- measuring -------------------------------------------------------------------------------
 
 
-def adversarial(
-    attack: Callable[..., Any], name: str, net: nets.Net, chosen: nets.Victims
-) -> Images:
+def adversarial(attack: Callable[..., Any], net: nets.Net, chosen: nets.Victims) -> Images:
     """Images that an attack distorted for a net."""
-    result = runner.attack_images(
-        functools.partial(attack, net.logits_fn),
-        chosen.images,
-        chosen.targets,
-        progress=f"{name}: {attack.__name__}",
-    )
-    return Images(attack.__name__, name, result.x_adv)
+    x_adv = nets.attack_victims(attack, net, chosen).x_adv
+    return Images(attack.__name__, net.name, x_adv)
 
 
 def controls(key: Key[Array, ""], chosen: nets.Victims, images: Images) -> list[Images]:

@@ -392,7 +392,8 @@ def test_the_nearest_of_every_class_is_that_of_the_untargeted_attack(digits):
     images, labels = digits
     net = nets.load_or_train("FC10(1)", images, labels, key=jax.random.key(9), steps=5)
     few = images[:6], labels[:6]
-    nearest = nets.attack_every_class(attacks.lbfgs, net.name, net.logits_fn, *few)
+    chosen = nets.Victims(np.arange(6), *few, targets=(few[1] + 1) % 10)
+    nearest = nets.attack_every_class(attacks.lbfgs, net, chosen)
     untargeted = functools.partial(attacks.untargeted, attacks.lbfgs, net.logits_fn)
     expected = jax.vmap(untargeted)(*few)
     np.testing.assert_allclose(nearest.distortion, expected.distortion, rtol=1e-4)

@@ -187,14 +187,6 @@ def test_a_number_of_the_same_distribution_is_predicted_19_times_of_20():
     assert predicted == pytest.approx(0.95, abs=0.015)
 
 
-def test_the_bootstrap_interval_is_that_of_the_normal_approximation_for_many_values():
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    low, high = results.bootstrap(jax.random.key(0), values)
-    half = 1.96 * values.std() / np.sqrt(len(values))
-    assert low == pytest.approx(values.mean() - half, abs=0.02)
-    assert high == pytest.approx(values.mean() + half, abs=0.02)
-
-
 # --- words -----------------------------------------------------------------------------------
 
 
