@@ -1,8 +1,13 @@
 """Independent answers to compare with."""
 
+import itertools
+
 import clarabel
+import jax
 import numpy as np
 from scipy import sparse
+
+from advjax.lipschitz.convolution import Axis
 
 
 def nearest_in_half_spaces(x, target, kernel, bias):
@@ -33,3 +38,39 @@ def nearest_in_half_spaces(x, target, kernel, bias):
 def rms(x, y):
     """The root mean square of a difference, in float64."""
     return np.sqrt(np.mean((np.asarray(x, np.float64) - np.asarray(y, np.float64)) ** 2))
+
+
+def conv_matrix(kernel, input_shape, strides=1, padding="SAME", dilation=1, groups=1):
+    """The matrix (inputs, outputs) of a convolution, from its definition, in float64.
+
+    Of each, where the kernel has a leading axis more.
+    """
+    rank = len(input_shape) - 1
+    *window, inputs, outputs = kernel.shape[-rank - 2 :]
+    many = kernel.shape[: -rank - 2]
+    strides = (strides,) * rank if isinstance(strides, int) else strides
+    dilation = (dilation,) * rank if isinstance(dilation, int) else dilation
+    if isinstance(padding, str):
+        covered = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
+        padding = jax.lax.padtype_to_pads(input_shape[:-1], covered, strides, padding)
+    axes = [
+        Axis(*map(int, (n, w, s, *pads, d)))
+        for n, w, s, pads, d in zip(input_shape, window, strides, padding, dilation, strict=False)
+    ]
+    outs = [axis.out_size for axis in axes]
+    matrix = np.zeros((*many, *input_shape, *outs, outputs))
+    for position in itertools.product(*map(range, outs)):
+        for tap in itertools.product(*map(range, window)):
+            at = [
+                o * a.stride + t * a.dilation - a.low
+                for o, t, a in zip(position, tap, axes, strict=True)
+            ]
+            if any(not 0 <= i < a.size for i, a in zip(at, axes, strict=True)):
+                continue
+            for group in range(groups):
+                reads = slice(group * inputs, (group + 1) * inputs)
+                makes = slice(group * outputs // groups, (group + 1) * outputs // groups)
+                matrix[(..., *at, reads, *position, makes)] += kernel[
+                    (..., *tap, slice(None), makes)
+                ]
+    return matrix.reshape(*many, int(np.prod(input_shape)), -1)

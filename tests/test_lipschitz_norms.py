@@ -1,7 +1,6 @@
 """Norms of linear layers against the singular values of their matrices, in float64."""
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -12,47 +11,12 @@ import pytest
 from advjax import lipschitz
 from advjax.lipschitz.convolution import Axis, Convolution
 from advjax.lipschitz.gram import norm_bound
-from advjax.lipschitz.norms import convolution, upper_norm
+from advjax.lipschitz.norms import upper_norm
+from tests.oracles import conv_matrix
 
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def conv_matrix(kernel, input_shape, strides=1, padding="SAME", dilation=1, groups=1):
-    """The matrix (inputs, outputs) of a convolution, from its definition, in float64.
-
-    Of each, where the kernel has a leading axis more.
-    """
-    rank = len(input_shape) - 1
-    *window, inputs, outputs = kernel.shape[-rank - 2 :]
-    many = kernel.shape[: -rank - 2]
-    strides = (strides,) * rank if isinstance(strides, int) else strides
-    dilation = (dilation,) * rank if isinstance(dilation, int) else dilation
-    if isinstance(padding, str):
-        covered = [(w - 1) * d + 1 for w, d in zip(window, dilation, strict=True)]
-        padding = jax.lax.padtype_to_pads(input_shape[:-1], covered, strides, padding)
-    axes = [
-        Axis(*map(int, (n, w, s, *pads, d)))
-        for n, w, s, pads, d in zip(input_shape, window, strides, padding, dilation, strict=False)
-    ]
-    outs = [axis.out_size for axis in axes]
-    matrix = np.zeros((*many, *input_shape, *outs, outputs))
-    for position in itertools.product(*map(range, outs)):
-        for tap in itertools.product(*map(range, window)):
-            at = [
-                o * a.stride + t * a.dilation - a.low
-                for o, t, a in zip(position, tap, axes, strict=True)
-            ]
-            if any(not 0 <= i < a.size for i, a in zip(at, axes, strict=True)):
-                continue
-            for group in range(groups):
-                reads = slice(group * inputs, (group + 1) * inputs)
-                makes = slice(group * outputs // groups, (group + 1) * outputs // groups)
-                matrix[(..., *at, reads, *position, makes)] += kernel[
-                    (..., *tap, slice(None), makes)
-                ]
-    return matrix.reshape(*many, int(np.prod(input_shape)), -1)
 
 
 def truth(matrix):
@@ -69,7 +33,8 @@ class Conv(NamedTuple):
 
     def upper(self):
         """The upper bound alone, compiled once for all kernels of a shape."""
-        return upper_norm(convolution(self.kernel.shape, self.shape, **self.options), self.kernel)
+        kernel, layer = lipschitz.conv(self.kernel, self.shape, **self.options)
+        return upper_norm(layer, kernel)
 
 
 CONVOLUTIONS = {
@@ -159,7 +124,7 @@ def test_the_lower_bound_of_a_convolution_is_just_below_its_norm(name):
 )
 def test_the_bound_over_frequencies_holds_on_the_smallest_images(name):
     kernel, shape, options = case = CONVOLUTIONS[name]
-    layer = convolution(kernel.shape, shape, **options)
+    layer = lipschitz.conv(kernel, shape, **options).kind
     many = np.stack([kernel, *(normal(*kernel.shape, seed=seed) for seed in range(1, 10))])
     upper = jax.jit(lambda kernels: jax.lax.map(layer.frequency_bound, kernels))(many)
     assert np.all(upper >= truth(case._replace(kernel=many).matrix()))

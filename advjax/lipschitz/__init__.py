@@ -4,7 +4,7 @@ from advjax.lipschitz.bound import Bound, Layer, bound, pairwise
 from advjax.lipschitz.certificates import certified_radius
 from advjax.lipschitz.chains import ChainBound, eclipse, lipsdp, product
 from advjax.lipschitz.estimates import Estimate, LanczosEstimate, lanczos, power_iteration
-from advjax.lipschitz.norms import NormBound, conv_norm, dense_norm
+from advjax.lipschitz.norms import Linear, NormBound, conv, conv_norm, dense_norm
 from advjax.lipschitz.rules import NotLipschitzError, register_rule
 from advjax.lipschitz.signals import Operation, Signal
 
@@ -14,12 +14,14 @@ __all__ = [
     "Estimate",
     "LanczosEstimate",
     "Layer",
+    "Linear",
     "NormBound",
     "NotLipschitzError",
     "Operation",
     "Signal",
     "bound",
     "certified_radius",
+    "conv",
     "conv_norm",
     "dense_norm",
     "eclipse",

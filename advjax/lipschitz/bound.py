@@ -77,9 +77,10 @@ def bound(
             do); they may be traced, and the bound is differentiable with respect to them.
         *example_inputs: Arrays of the shapes and dtypes of its arguments, or
             `jax.ShapeDtypeStruct`s; the values do not matter, but for a `radius`.
-        method: How to bound dense layers that only biases and nondecreasing activations are
-            between, such as `lipsdp`, or with options `functools.partial(lipsdp, num_steps=500)`.
-            Such a chain is then one layer of the breakdown. By default the product of the norms.
+        method: How to bound convolutions and dense layers that only biases and nondecreasing
+            activations are between, such as `lipsdp`, or with options
+            `functools.partial(lipsdp, num_steps=500)`. Such a chain is then one layer of the
+            breakdown. By default the product of the norms.
         box: Where the inputs are, a pair (lower, upper) that broadcasts to each of them. The bound
             then holds between any two inputs in the box, and is the smaller for it where a unit
             saturates or stays on one side of its ReLU. By default they may be anywhere.
@@ -259,7 +260,7 @@ def _location(
         chain = links.ending(op)
         if chain is not None:
             # An entry moves by no more than its own Lipschitz constant times the radius.
-            lengths = product(chain.kernels, chain.slopes).outputs * chain.start.constant
+            lengths = product(chain.layers, chain.slopes).outputs * chain.start.constant
             reach = links.along_units(op, lengths * radius * ROUNDING)
             interval = intervals.intersection(interval, intervals.widened_by(centre, reach))
     return interval, centre
@@ -279,9 +280,9 @@ def _times(gain: Scalar, layer: Operation) -> Scalar:
 def _chained(method: Method, op: Operation, rule: Rule) -> tuple[Operation, Rule]:
     """The chain that ends in an operation, as one layer, if it has more layers than that one."""
     chain = links.ending(op)
-    if chain is None or len(chain.kernels) == 1:
+    if chain is None or len(chain.layers) == 1:
         return op, rule
-    layer = op._replace(name=f"{op.name} ({len(chain.kernels)} layers)", inputs=(chain.start,))
+    layer = op._replace(name=f"{op.name} ({len(chain.layers)} layers)", inputs=(chain.start,))
     return (
         layer,
         lambda layer: _chain_bound(method, chain).constant * layer.inputs[0].constant,
@@ -289,11 +290,11 @@ def _chained(method: Method, op: Operation, rule: Rule) -> tuple[Operation, Rule
 
 
 def _chain_bound(method: Method, chain: links.Chain) -> ChainBound:
-    found = method(chain.kernels, chain.steepest)
+    found = method(chain.layers, chain.steepest)
     if chain.slopes is chain.steepest:
         return found
     # What the multipliers that a method finds are worth need not fall with the slopes.
-    return jax.tree.map(jnp.minimum, found, method(chain.kernels, chain.slopes))
+    return jax.tree.map(jnp.minimum, found, method(chain.layers, chain.slopes))
 
 
 def _unsupported(op: Operation, why: str) -> str:

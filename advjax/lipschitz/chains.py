@@ -1,27 +1,29 @@
-"""Bounds of a chain of dense layers, tighter than the product of their norms.
+"""Bounds of a chain of convolutions and dense layers, tighter than the product of their norms.
 
 The slopes of an elementwise activation tie its input y to its output z unit by unit. Let v be a
 difference of two inputs of the chain and suppose that behind some layer the differences are `S w`
-with |w| <= |v| for a known matrix S, the identity at first. Let B = W^T S for the next layer's
+with |w| <= |v| for a known matrix S, the identity at first. Let B = W^H S for the next layer's
 kernel W, times the largest slopes, so that y = B w, and what is left of the slopes is in [0, 1].
-They mean z^T D^2 (y - z) >= 0 for every diagonal D > 0, and with A = D B / 2
+They mean z^H D^2 (y - z) >= 0 for every diagonal D > 0, and with A = D B / 2
 
-    |D z|^2 <= (D z)^T (D B) w <= |w|^2 + |A^T D z|^2,   so   z^T D P D z <= |w|^2,   P = I - A A^T.
+    |D z|^2 <= (D z)^H (D B) w <= |w|^2 + |A^H D z|^2,   so   z^H D P D z <= |w|^2,   P = I - A A^H.
 
-Hence, for any T with T^T P T >= (1 - e) I, the differences behind the layer are `D^-1 T w` with
-sqrt(1 - e) |w| <= |v|, and the chain's are `W^T D^-1 T w` for its last kernel W. Where T is the
-inverse of the transposed Cholesky factor of P, e is 0 but for rounding.
+Hence, for any T with T^H P T >= (1 - e) I, the differences behind the layer are `D^-1 T w` with
+sqrt(1 - e) |w| <= |v|, and the chain's are `W^H D^-1 T w` for its last kernel W. Where T is the
+inverse of the adjoint Cholesky factor of P, e is 0 but for rounding.
 
 This holds for every D, whatever it comes from: nothing that finds it has to be trusted. What has to
-be rounded with care is only the product A A^T, the product T^T P T and the last one. Each is off by
-no more than `gram.rounding` says, and e is what T^T P T is seen to differ from I by, and that.
+be rounded with care is only the product A A^H, the product T^H P T and the last one. Each is off by
+no more than `gram.rounding` says, and e is what T^H P T is seen to differ from I by, and that.
+
+Convolutions take these steps at each frequency (`spectra.py`). The condition is then a sum over the
+frequencies, so that D has one entry for each channel; all else is as above.
 
 Source: Fazlyab et al. (2019) for the condition, LipSDP; Xu and Sivaranjani (2024) for solving it
 layer by layer, ECLipsE.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -30,24 +32,27 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Inexact
 
 from advjax import checks
-from advjax.lipschitz import gram
+from advjax.lipschitz import gram, spectra
+from advjax.lipschitz.convolution import Convolution
 from advjax.lipschitz.estimates import power_of_two
 from advjax.lipschitz.gram import gamma, magnitude_bound, norm_bound, rounding
+from advjax.lipschitz.norms import Dense, Linear, upper_norm
+from advjax.lipschitz.spectra import Grid, Spectrum
 
-Kernels = Sequence[Float[ArrayLike, "in out"]]
+Layers = Sequence[Float[ArrayLike, "in out"] | Linear]
 Slopes = Sequence[Float[ArrayLike, "*units"]]
 
 
 class ChainBound(NamedTuple):
-    """Lipschitz bounds, in L2, of what a chain of dense layers puts out.
+    """Lipschitz bounds, in L2, of what a chain of layers puts out.
 
     Attributes:
         constant: Of all outputs together.
-        outputs: Of each output.
-        pairs: Of the difference of each two outputs.
+        outputs: Of each output; of a convolution, of each pixel of each channel.
+        pairs: Of the difference of each two outputs; of a convolution, of two channels of a pixel.
     """
 
     constant: Float[Array, ""]
@@ -55,17 +60,20 @@ class ChainBound(NamedTuple):
     pairs: Float[Array, "units units"]
 
 
-Method = Callable[[Kernels, Slopes], ChainBound]
+Method = Callable[[Layers, Slopes], ChainBound]
 """How a chain is bounded: `product`, `eclipse`, `lipsdp`, or a function like them."""
 
 
-def product(kernels: Kernels, slopes: Slopes) -> ChainBound:
-    """Bound a chain of dense layers by the product of their norms.
+def product(layers: Layers, slopes: Slopes) -> ChainBound:
+    """Bound a chain of layers by the product of their norms.
 
     Args:
-        kernels: The matrix of each layer, `y = z @ kernel`.
+        layers: Convolutions, made by `conv`, if any, and then dense layers, each the matrix of
+            `y = z @ kernel`. The first of these takes the pixels of an image row by row, and the
+            channels of each.
         slopes: For the activation after each layer but the last the largest slope; a scalar, or
-            one for each unit. No slope may be negative: a ReLU's is 1, a sigmoid's 1/4.
+            one for each unit, or for each channel of a convolution. No slope may be negative: a
+            ReLU's is 1, a sigmoid's 1/4.
 
     Returns:
         A `ChainBound`, certified: rounding is accounted for. It is infinite if a kernel is not
@@ -73,18 +81,18 @@ def product(kernels: Kernels, slopes: Slopes) -> ChainBound:
 
     Raises:
         TypeError: If a kernel is not floating.
-        ValueError: If the kernels do not fit together, or there is not one slope between each two.
+        ValueError: If the layers do not fit together, or there is not one slope between each two.
 
     Source: Szegedy et al. (2013), section 4.3.
     """
-    return _product(_chain(kernels, slopes))
+    return _product(*_chain(layers, slopes))
 
 
-def eclipse(kernels: Kernels, slopes: Slopes) -> ChainBound:
-    """Bound a chain of dense layers with one multiplier a layer, in closed form.
+def eclipse(layers: Layers, slopes: Slopes) -> ChainBound:
+    """Bound a chain of layers with one multiplier a layer, in closed form.
 
     Args:
-        kernels: As for `product`.
+        layers: As for `product`.
         slopes: As for `product`.
 
     Returns:
@@ -96,20 +104,20 @@ def eclipse(kernels: Kernels, slopes: Slopes) -> ChainBound:
 
     Source: Xu and Sivaranjani (2024), ECLipsE-Fast.
     """
-    chain = _chain(kernels, slopes)
-    return _smaller(_product(chain), _certified(chain, _start(chain)))
+    kinds, kernels = _chain(layers, slopes)
+    return _smaller(_product(kinds, kernels), _certified(kinds, kernels, _start(kernels)))
 
 
 def lipsdp(
-    kernels: Kernels, slopes: Slopes, *, num_steps: int = 100, learning_rate: float = 0.3
+    layers: Layers, slopes: Slopes, *, num_steps: int = 100, learning_rate: float = 0.3
 ) -> ChainBound:
-    """Bound a chain of dense layers with one multiplier a unit, found by gradient descent.
+    """Bound a chain of layers with one multiplier a unit or channel, found by gradient descent.
 
     The semidefinite program of LipSDP without its solver: eliminated layer by layer, every choice
     of its multipliers is feasible, and each step of Adam ends in a valid bound.
 
     Args:
-        kernels: As for `product`.
+        layers: As for `product`.
         slopes: As for `product`.
         num_steps: How many steps of Adam to take. A hundred come within about 0.2 % of what a
             thousand reach.
@@ -129,42 +137,61 @@ def lipsdp(
     """
     num_steps = checks.positive_int("num_steps", num_steps)
     rate = checks.number("learning_rate", learning_rate, minimum=0, exclusive=True)
-    chain = _chain(kernels, slopes)
-    if len(chain) == 1:
-        return _product(chain)
-    best = jax.lax.stop_gradient(_descend(chain, num_steps, rate))
-    return _smaller(*(_certified(chain, m) for m in (_start(chain), best)), _product(chain))
+    kinds, kernels = _chain(layers, slopes)
+    if len(kinds) == 1:
+        return _product(kinds, kernels)
+    best = jax.lax.stop_gradient(_descend(kinds, kernels, num_steps, rate))
+    found = [_certified(kinds, kernels, multipliers) for multipliers in (_start(kernels), best)]
+    return _smaller(*found, _product(kinds, kernels))
 
 
 # The bounds, compiled once for the shapes of a chain
 
+Kinds = tuple[Dense | Convolution, ...]
+Kernels = list[Float[Array, "*kernel"]]
 
-@jax.jit
-def _product(kernels: list[Array]) -> ChainBound:
-    *hidden, last = kernels
-    factors = [norm_bound(kernel) + _scaling_error(kernel) for kernel in hidden]
-    growth = math.prod(factors, start=jnp.ones((), last.dtype))
+
+@functools.partial(jax.jit, static_argnums=0)
+def _product(kinds: Kinds, kernels: Kernels) -> ChainBound:
+    norms = [
+        upper_norm(kind, kernel) + _scaling_error(kernel)
+        for kind, kernel in zip(kinds, kernels, strict=True)
+    ]
+    last = kernels[-1]
+    growth = math.prod(norms[:-1], start=jnp.ones((), last.dtype))
     growth *= 1 + gamma(4 * len(kernels), last.dtype)
-    scale = power_of_two(last)
-    return _bounds(_Reach(last / scale, jnp.zeros((), last.dtype), scale, growth))
+    # A pixel of a convolution reads no more than all of the taps, each at another input.
+    rows = last.reshape(-1, last.shape[-1])
+    scale = power_of_two(rows)
+    found = _bounds(_Reach(rows / scale, jnp.zeros((), last.dtype), scale, growth))
+    if isinstance(kinds[-1], Convolution):
+        found = found._replace(constant=_finite(growth * norms[-1]))
+    return found
 
 
-@jax.jit
-def _certified(kernels: list[Array], multipliers: list["_Multipliers"]) -> ChainBound:
-    return _bounds(_reach(kernels, multipliers))
+@functools.partial(jax.jit, static_argnums=0)
+def _certified(kinds: Kinds, kernels: Kernels, multipliers: list["_Multipliers"]) -> ChainBound:
+    first, *rest = spectra.spectra(kinds, kernels)
+    _, *grids = spectra.grids(kinds)
+    return _bounds(_reach(_first(first, grids[0]), rest, grids[1:], multipliers))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _descend(kernels: list[Array], num_steps: int, learning_rate: float) -> list["_Multipliers"]:
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _descend(
+    kinds: Kinds, kernels: Kernels, num_steps: int, learning_rate: float
+) -> list["_Multipliers"]:
     """The multipliers of the lowest constant on the way of Adam, which need not be trusted."""
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
-    # Only the first kernel's Gram matrix matters, which its triangular factor has too.
-    kernels = [jnp.linalg.qr(kernels[0], mode="r"), *kernels[1:]]
+    first, *rest = spectra.spectra(kinds, kernels)
+    _, *grids = spectra.grids(kinds)
+    reach = _first(first, grids[0])
+    # Only its Gram matrix matters, which its triangular factor has too.
+    reach = reach._replace(matrix=jnp.linalg.qr(reach.matrix, mode="r"))
 
     @jax.value_and_grad
     def log_constant(multipliers):
-        reach = _reach(kernels, multipliers)
-        return jnp.log(_top(reach.matrix)) / 2 + jnp.log(reach.scale)
+        last = _reach(reach, rest, grids[1:], multipliers)
+        return jnp.log(jnp.max(_top(last.matrix))) / 2 + jnp.log(last.scale)
 
     def step(carry, _):
         multipliers, state, best, lowest = carry
@@ -192,25 +219,36 @@ class _Multipliers(NamedTuple):
 
 
 class _Reach(NamedTuple):
-    """Differences `scale growth (matrix + E)^T w`: |w| is at most the input's, |E| the error."""
+    """Differences `scale growth (matrix + E)^H w`: |w| is at most the input's, |E| the error.
 
-    matrix: Float[Array, "dims units"]
+    Of convolutions, these are Fourier transforms: one matrix for each frequency, the same error.
+    """
+
+    matrix: Inexact[Array, "*grid dims units"]
     error: Float[Array, ""]
     scale: Float[Array, ""]
     growth: Float[Array, ""]
 
 
-def _start(kernels: list[Array]) -> list[_Multipliers]:
+def _start(kernels: Kernels) -> list[_Multipliers]:
     zero = jnp.zeros((), kernels[0].dtype)
-    return [_Multipliers(jnp.zeros_like(kernel[0]), zero) for kernel in kernels[:-1]]
+    return [_Multipliers(jnp.zeros(kernel.shape[-1:], zero.dtype), zero) for kernel in kernels[:-1]]
 
 
-def _reach(kernels: list[Array], multipliers: list[_Multipliers]) -> _Reach:
+def _first(spectrum: Spectrum, grid: Grid) -> _Reach:
+    """The differences that the first layer can put out."""
+    one = jnp.ones((), spectrum.magnitudes.dtype)
+    scale = power_of_two(spectrum.magnitudes)
+    error = scale * spectrum.relative * magnitude_bound(spectrum.magnitudes / scale)
+    return _scaled(_Reach(spectra.fold(spectrum.values, grid), error, one, one))
+
+
+def _reach(
+    reach: _Reach, rest: list[Spectrum], grids: list[Grid], multipliers: list[_Multipliers]
+) -> _Reach:
     """The differences that the last layer can put out."""
-    one = jnp.ones((), kernels[0].dtype)
-    reach = _scaled(_Reach(kernels[0], _scaling_error(kernels[0]), one, one))
-    for kernel, multiplier in zip(kernels[1:], multipliers, strict=True):
-        reach = _follow(reach, multiplier, kernel)
+    for spectrum, grid, multiplier in zip(rest, grids, multipliers, strict=True):
+        reach = _follow(reach, multiplier, spectrum, grid)
     return reach
 
 
@@ -220,92 +258,144 @@ def _scaled(reach: _Reach) -> _Reach:
     return _Reach(reach.matrix / power, reach.error / power, reach.scale * power, reach.growth)
 
 
-def _follow(reach: _Reach, multipliers: _Multipliers, kernel: Float[Array, "in out"]) -> _Reach:
-    """Through an activation and the dense layer after it.
+def _follow(reach: _Reach, multipliers: _Multipliers, spectrum: Spectrum, grid: Grid) -> _Reach:
+    """Through an activation and the layer after it, to the circle behind that.
 
     Every elementwise operation is off by less than eps, relatively, and so in norm by less than
     that of the magnitudes.
     """
-    eps = float(jnp.finfo(kernel.dtype).eps)
+    eps = float(jnp.finfo(reach.error.dtype).eps)
     units = jnp.exp(multipliers.units)
-    top = _top(reach.matrix * units[None])
+    top = jnp.max(_top(reach.matrix * _along_last(units, reach.matrix)))
     size = jnp.sqrt(jax.nn.sigmoid(multipliers.share) / jnp.where(top > 0, top, 1))
     half = size * units  # D / 2, exactly
-    A = reach.matrix * half[None]
-    A_error = jnp.max(half) * reach.error + eps * magnitude_bound(A)
-    eye = jnp.eye(len(half), dtype=half.dtype)
-    P = eye - gram.product(A, A)
-    P_error = rounding(A, A) + A_error * (2 * norm_bound(A) + A_error) + eps
-    factor = jnp.linalg.cholesky(P)
-    T = jax.scipy.linalg.solve_triangular(factor, eye, lower=True).T
-    T_norm = norm_bound(T)
-    PT = gram.product(P, T)
-    excess = eye - gram.product(T, PT)
-    excess_error = rounding(T, PT) + T_norm * (rounding(P, T) + P_error * T_norm) + eps
-    e = (magnitude_bound(excess) + excess_error) * (1 + 16 * eps)
-    growth = reach.growth * (1 + 8 * eps) / jnp.sqrt(1 - e)
+    scale = jax.lax.stop_gradient(power_of_two(spectrum.magnitudes))
+    kernel_error = magnitude_bound(spectrum.magnitudes / scale / (2 * half)[:, None])
+    kernel_error *= spectrum.relative + 4 * eps
+    eye = jnp.eye(len(half), dtype=reach.matrix.dtype)
 
-    scale = jax.lax.stop_gradient(power_of_two(kernel))
-    weighted = kernel / scale / (2 * half)[:, None]
-    error = rounding(T, weighted) + 4 * eps * magnitude_bound(weighted) * T_norm
-    return _scaled(_Reach(gram.product(T, weighted), error, reach.scale * scale, growth))
+    def follow(matrix, values):
+        A = matrix * half[None]
+        A_error = jnp.max(half) * reach.error + eps * magnitude_bound(A)
+        P = eye - gram.product(A, A)
+        P_error = rounding(A, A) + A_error * (2 * norm_bound(A) + A_error) + eps
+        factor = jnp.linalg.cholesky(P)
+        T = jax.scipy.linalg.solve_triangular(factor, eye, lower=True).conj().T
+        T_norm = norm_bound(T)
+        PT = gram.product(P, T)
+        excess = eye - gram.product(T, PT)
+        excess_error = rounding(T, PT) + T_norm * (rounding(P, T) + P_error * T_norm) + eps
+        e = (magnitude_bound(excess) + excess_error) * (1 + 16 * eps)
+
+        weighted = values / scale / (2 * half)[:, None]
+        error = rounding(T, weighted) + kernel_error * T_norm
+        return gram.product(T, weighted), error, e
+
+    behind, error, e = spectra.over_frequencies(follow, reach.matrix, spectrum.values)
+    growth = reach.growth * (1 + 8 * eps) / jnp.sqrt(1 - jnp.max(e))
+    # Aliases are averaged, and so are the squares of their errors at most.
+    behind = spectra.fold(behind, grid)
+    return _scaled(_Reach(behind, jnp.max(error), reach.scale * scale, growth))
 
 
-def _scaling_error(kernel: Float[Array, "in out"]) -> Float[Array, ""]:
-    """By how much rounding the products with the slopes may have changed a kernel."""
-    scale = power_of_two(kernel)
-    return scale * magnitude_bound(kernel / scale) * 2 * float(jnp.finfo(kernel.dtype).eps)
+def _scaling_error(kernel: Float[Array, "*window in out"]) -> Float[Array, ""]:
+    """By how much rounding the products with the slopes may have changed a layer."""
+    magnitudes = jnp.sum(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 2)))
+    scale = power_of_two(magnitudes)
+    return scale * magnitude_bound(magnitudes / scale) * 2 * float(jnp.finfo(kernel.dtype).eps)
 
 
-def _top(matrix: Float[Array, "rows cols"]) -> Float[Array, ""]:
-    """The square of the norm, as it is computed."""
-    if len(matrix) < matrix.shape[1]:
-        matrix = matrix.T
-    return jnp.linalg.eigvalsh(gram.product(matrix, matrix))[-1]
+def _top(matrices: Inexact[Array, "*grid rows cols"]) -> Float[Array, "*grid"]:
+    """The squares of the norms, as they are computed."""
+
+    def top(matrix):
+        if len(matrix) < matrix.shape[1]:
+            matrix = matrix.T
+        return jnp.linalg.eigvalsh(gram.product(matrix, matrix))[-1]
+
+    return spectra.over_frequencies(top, matrices)
 
 
 def _bounds(reach: _Reach) -> ChainBound:
-    eps = float(jnp.finfo(reach.matrix.dtype).eps)
-    dims, rows = len(reach.matrix), reach.matrix.T
-    rounded_up = 1 + gamma(dims + 16, rows.dtype)
+    eps = float(jnp.finfo(reach.error.dtype).eps)
+    *grid, dims, _ = reach.matrix.shape
+    frequencies = math.prod(grid)
+    rounded_up = 1 + gamma(frequencies * dims + 16, reach.error.dtype)
     factor = reach.scale * reach.growth * rounded_up
 
     def lengths(vectors):
-        return jnp.sqrt(jnp.sum(vectors**2, axis=1))
+        # Of a pixel, whose output is the mean over the frequencies, each turned by some angle.
+        square = jnp.sum(jnp.abs(vectors) ** 2, axis=tuple(range(len(grid) + 1)))
+        return jnp.sqrt(square / frequencies)
 
-    # A difference of two rows is off by E times (1, -1), and by its own rounding.
-    pairs = jax.lax.map(lambda row: lengths(row[None] - rows), rows)
+    # A difference of two columns is off by E times (1, -1), and by its own rounding.
+    columns = jnp.moveaxis(reach.matrix, -1, 0)
+    pairs = jax.lax.map(lambda column: lengths(column[..., None] - reach.matrix), columns)
+    norm = jnp.max(spectra.over_frequencies(norm_bound, reach.matrix))
     found = ChainBound(
-        constant=factor * (norm_bound(rows) + reach.error),
-        outputs=factor * (lengths(rows) + reach.error),
+        constant=factor * (norm + reach.error),
+        outputs=factor * (lengths(reach.matrix) + reach.error),
         pairs=factor * (pairs + math.sqrt(2) * (1 + eps) * reach.error),
     )
-    return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, jnp.inf), found)
+    return jax.tree.map(_finite, found)
 
 
-def _chain(kernels: Kernels, slopes: Slopes) -> list[Array]:
-    """The kernels, times the slopes between them."""
-    matrices = [checks.floating("kernels", kernel) for kernel in kernels]
-    shapes = [matrix.shape for matrix in matrices]
-    fits = all(len(shape) == 2 for shape in shapes) and all(
-        one[1] == other[0] for one, other in itertools.pairwise(shapes)
-    )
-    if not matrices or not fits:
-        raise ValueError(f"kernels: shapes {shapes}, expected (in, out), one's out the next's in.")
-    if len(slopes) != len(matrices) - 1:
+def _finite(bounds: Float[Array, "*bounds"]) -> Float[Array, "*bounds"]:
+    return jnp.where(jnp.isfinite(bounds), bounds, jnp.inf)
+
+
+def _chain(layers: Layers, slopes: Slopes) -> tuple[Kinds, Kernels]:
+    """What each layer is but for its kernel, and the kernels, times the slopes between them."""
+    chain = [x if isinstance(x, Linear) else Linear(jnp.asarray(x), Dense()) for x in layers]
+    kernels = [checks.floating("layers", layer.kernel) for layer in chain]
+    if not chain or not all(map(_fits, chain, [None, *chain])):
         raise ValueError(
-            f"slopes: {len(slopes)} for {len(matrices)} kernels, expected one between each two."
+            f"layers: kernels of shapes {[kernel.shape for kernel in kernels]}, expected "
+            "convolutions, if any, and then matrices (in, out), each for what the one before makes."
         )
-    dtype = jnp.promote_types(jnp.result_type(*matrices), jnp.float32)
+    if len(slopes) != len(chain) - 1:
+        raise ValueError(
+            f"slopes: {len(slopes)} for {len(chain)} layers, expected one between each two."
+        )
+    dtype = jnp.promote_types(jnp.result_type(*kernels), jnp.float32)
     # Half of each on either side, so that a unit of slope 0 is out of the chain altogether.
     rounded_up = 1 + 2 * float(jnp.finfo(dtype).eps)
     halves = [
-        jnp.sqrt(jnp.broadcast_to(jnp.asarray(slope, dtype), shape[1:])) * rounded_up
-        for slope, shape in zip(slopes, shapes[:-1], strict=True)
+        jnp.sqrt(jnp.broadcast_to(jnp.asarray(slope, dtype), kernel.shape[-1:])) * rounded_up
+        for slope, kernel in zip(slopes, kernels[:-1], strict=True)
     ]
-    before = [jnp.ones(shapes[0][0], dtype), *halves]
-    behind = [*halves, jnp.ones(shapes[-1][1], dtype)]
-    return [
-        matrix.astype(dtype) * rows[:, None] * columns[None]
-        for matrix, rows, columns in zip(matrices, before, behind, strict=True)
-    ]
+    scaled = [kernel.astype(dtype) for kernel in kernels]
+    for i, half in enumerate(halves):
+        scaled[i] *= _along_last(half, scaled[i])
+        scaled[i + 1] = _times_inputs(chain[i + 1].kind, scaled[i + 1], half)
+    return tuple(layer.kind for layer in chain), scaled
+
+
+def _fits(layer: Linear, before: Linear | None) -> bool:
+    """Whether a layer takes what the one before it makes, if there is one."""
+    kind, shape = layer.kind, jnp.shape(layer.kernel)
+    if isinstance(kind, Dense) and len(shape) != 2:
+        return False
+    if before is None:
+        return True
+    made = before.kind.output_shape(jnp.shape(before.kernel))
+    return kind.input_shape(shape) in (made, (math.prod(made),))
+
+
+def _times_inputs(
+    kind: Dense | Convolution, kernel: Float[Array, "*kernel"], factors: Float[Array, " channels"]
+) -> Float[Array, "*kernel"]:
+    """The kernel for inputs multiplied by a factor for each unit, or channel of a pixel."""
+    if isinstance(kind, Dense):
+        return kernel * jnp.tile(factors, len(kernel) // len(factors))[:, None]
+    *_, inputs, outputs = kernel.shape
+    of_groups = factors.reshape(kind.groups, inputs).T
+    of_pairs = jnp.repeat(of_groups, outputs // kind.groups, axis=1)
+    return kernel * jnp.expand_dims(of_pairs, tuple(range(kernel.ndim - 2)))
+
+
+def _along_last(
+    values: Float[Array, " n"], like: Inexact[Array, "*shape n"]
+) -> Float[Array, "..."]:
+    """Values for the last axis of an array, shaped to be broadcast to it."""
+    return jnp.expand_dims(values, tuple(range(like.ndim - 1)))

@@ -15,7 +15,7 @@ from advjax.lipschitz.gram import SQUARINGS, gamma, magnitude_bound, norm_bound
 
 _ENTRIES = 2**24  # of a convolution that is written as a matrix: at most these,
 _PRODUCTS = 2**34  # and so many multiplications to bound it
-_BATCH = 2**22  # entries of the matrices of the frequencies that are bounded at once
+BATCH = 2**22  # entries of the matrices of the frequencies that are bounded at once
 
 
 class Axis(NamedTuple):
@@ -34,6 +34,28 @@ class Axis(NamedTuple):
         covered = (self.window - 1) * self.dilation + 1
         return max((self.size + self.low + self.high - covered) // self.stride + 1, 0)
 
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where each tap reads the input, from where the first output is."""
+        return np.arange(self.window) * self.dilation - self.low
+
+    @property
+    def circle(self) -> int:
+        """How many outputs a cyclic convolution has at least that contains this one.
+
+        Output o reads the inputs `stride o + offset`, of the block `o + q` of `stride` inputs. Let
+        J be the number of blocks, n the number of outputs, and [first, last] the range of o + q. On
+        a circle of M blocks with
+
+            M >= max(J, n, J - first, last + 1)
+
+        a block outside [0, J) does not come to lie on an input: it stays a zero.
+        """
+        q = self.offsets // self.stride
+        blocks = -(-self.size // self.stride)
+        first, last = int(q[0]), int(q[-1]) + self.out_size - 1
+        return max(blocks, self.out_size, blocks - first, last + 1)
+
 
 class Convolution(NamedTuple):
     """All of a convolution but its kernel, which is HWIO with any number of spatial axes."""
@@ -44,6 +66,10 @@ class Convolution(NamedTuple):
     def input_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of one image, its channels last."""
         return (*(axis.size for axis in self.axes), kernel_shape[-2] * self.groups)
+
+    def output_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what it makes of one image, its channels last."""
+        return (*(axis.out_size for axis in self.axes), kernel_shape[-1])
 
     def apply(
         self, kernel: Float[Array, "*window in out"], x: Float[Array, "*shape"]
@@ -75,7 +101,7 @@ class Convolution(NamedTuple):
         # Groups see different inputs and make different outputs: the norm is their maximum.
         split = kernel.reshape(*window, inputs, self.groups, outputs // self.groups)
         entries = math.prod(axis.size for axis in self.axes) * kernel.size // self.groups
-        batch = max(1, min(self.groups, _BATCH // entries))
+        batch = max(1, min(self.groups, BATCH // entries))
         return jnp.max(jax.lax.map(group_bound, jnp.moveaxis(split, -2, 0), batch_size=batch))
 
     def _is_small(self, inputs: int, outputs: int) -> bool:
@@ -109,14 +135,9 @@ class Convolution(NamedTuple):
         Along an axis of stride s, tap t of the kernel reads for output o the input
         `s o + t dilation - low = s (o + q) + p` with a phase p in [0, s). So the convolution is one
         of stride 1 whose channels are the s phases of the input, and tap t reads block o + q of
-        phase p. Let J be the number of blocks, n the number of outputs, and [first, last] the range
-        of o + q. On a circle of M blocks with
-
-            M >= max(J, n, J - first, last + 1)
-
-        a block outside [0, J) does not come to lie on an input: it stays a zero. Hence the
-        zero-padded convolution is the cyclic one with inputs and outputs left out, and its norm is
-        at most the cyclic one's: the largest norm over the frequencies w of the matrix
+        phase p. On a circle of M blocks, as `Axis.circle` has it, the zero-padded convolution is
+        the cyclic one with inputs and outputs left out, and its norm is at most the cyclic one's:
+        the largest norm over the frequencies w of the matrix
         K(w)[(p, in), out] = sum over the taps of phase p of kernel[t, in, out] exp(2 pi i w q / M).
         The kernel is real, so that half the frequencies of the last axis suffice.
 
@@ -136,33 +157,38 @@ class Convolution(NamedTuple):
 
         def bound(frequency):
             chosen = [table[index] for table, index in zip(tables, frequency, strict=True)]
-            return norm_bound(_phase_sums(chosen, unit).reshape(shape))
+            return norm_bound(weighted_taps(chosen, unit).reshape(shape))
 
-        batch = max(1, min(len(frequencies), _BATCH // (shape[0] * shape[1])))
+        batch = max(1, min(len(frequencies), BATCH // (shape[0] * shape[1])))
         largest = jnp.max(jax.lax.map(bound, jnp.asarray(frequencies), batch_size=batch))
         taps = [jnp.asarray(np.abs(phase[0]), kernel.dtype) for phase in phases]
-        magnitudes = _phase_sums(taps, jnp.abs(unit)).reshape(shape)
+        magnitudes = weighted_taps(taps, jnp.abs(unit)).reshape(shape)
         terms = sum(3 * axis.window + 2 for axis in self.axes)
         # Twice, since the sum of the magnitudes is itself computed, to within a factor of 2.
         rounding = 2 * gamma(terms, kernel.dtype) * magnitude_bound(magnitudes)
         return scale * (largest + rounding) * (1 + gamma(4, kernel.dtype))
 
 
+def turns_of(circle: int, offsets: np.ndarray) -> Float[np.ndarray, "frequencies taps"]:
+    """The turn by which each frequency of a circle moves on over each offset, in [0, 1)."""
+    # An exact integer before it is divided.
+    return np.outer(np.arange(circle), offsets) % circle / circle
+
+
 def _phases(axis: Axis) -> Complex[np.ndarray, "frequencies phases taps"]:
     """`exp(2 pi i w q / M)` for each frequency w and tap, at the phase of the tap, in float64."""
-    q, p = np.divmod(np.arange(axis.window) * axis.dilation - axis.low, axis.stride)
-    blocks = -(-axis.size // axis.stride)
-    first, last = int(q[0]), int(q[-1]) + axis.out_size - 1
-    circle = max(blocks, axis.out_size, blocks - first, last + 1)
-    turns = (
-        np.outer(np.arange(circle), q) % circle / circle
-    )  # an exact integer before it is divided
+    q, p = np.divmod(axis.offsets, axis.stride)
+    turns = turns_of(axis.circle, q)
     at_phase = np.arange(axis.stride)[:, None] == p
     return np.where(at_phase, np.exp(2j * np.pi * turns)[:, None, :], 0)
 
 
-def _phase_sums(tables: Sequence[Array], kernel: Float[Array, "*window in out"]) -> Array:
-    """The taps of every axis summed with the weights (phase, tap) of its table."""
+def weighted_taps(tables: Sequence[Array], kernel: Float[Array, "*window in out"]) -> Array:
+    """The taps of every axis summed with the weights (phase, tap) of its table.
+
+    An axis of k taps adds inner products of k terms, off by gamma(3 k) as `gram.py` shows if the
+    weights are complex.
+    """
     for axis, table in enumerate(tables):
         product = jnp.tensordot(table, kernel, (1, axis), precision=jax.lax.Precision.HIGHEST)
         kernel = jnp.moveaxis(product, 0, axis)

@@ -1,13 +1,18 @@
-"""Chains of dense layers, as they are found in a jaxpr from their last layer back."""
+"""Chains of convolutions and dense layers, found in a jaxpr from their last layer back."""
 
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
+from advjax.lipschitz.convolution import Convolution
 from advjax.lipschitz.intervals import largest_slope
+from advjax.lipschitz.norms import Dense, Linear
 from advjax.lipschitz.patterns import SELU_SLOPE
+from advjax.lipschitz.rules import convolution
 from advjax.lipschitz.signals import Operation, Signal
 
 # Elementwise and nondecreasing, with the largest slope.
@@ -21,68 +26,88 @@ _SLOPES = {
 }
 _ORDERED = ("clamp", "sub")  # nondecreasing in one of their operands only
 _SHIFTS = ("add", "add_any", "sub", "copy", "copy_p")
-
+_REARRANGEMENTS = ("reshape", "squeeze", "broadcast_in_dim", "transpose")
 
 Slope = Float[Array, "*units"] | float
 
 
 class Chain(NamedTuple):
-    """Dense layers, and the largest slopes between them.
+    """Convolutions and dense layers, and the largest slopes between them.
 
     Attributes:
         start: What the first is applied to.
-        kernels: Of each layer.
+        layers: Convolutions before dense layers.
         slopes: Of what is between each two; of each unit, where the bound is a local one.
         steepest: The same for a bound that is not.
     """
 
     start: Signal
-    kernels: tuple[Float[Array, "in out"], ...]
+    layers: tuple[Linear, ...]
     slopes: tuple[Slope, ...]
     steepest: tuple[float, ...]
 
 
+class _Link(NamedTuple):
+    """An operation that is a layer: of one example, and the same for all along the other axes.
+
+    Attributes:
+        signal: What it is applied to.
+        layer: The layer.
+        inputs: The axes of the signal that hold one example, in the layer's order.
+        outputs: Those of the result.
+    """
+
+    signal: Signal
+    layer: Linear
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
 def ending(op: Operation) -> Chain | None:
-    """The longest chain whose last dense layer is an operation; None unless it is one."""
-    dense = _dense(op)
-    if dense is None:
+    """The longest chain whose last layer is an operation; None unless it is one."""
+    link = _link(op)
+    if link is None:
         return None
-    signal, kernel, axis = dense[:3]
-    kernels = [kernel]
+    layers: list[Linear] = []
     slopes: list[tuple[Slope, float]] = []
-    while True:
-        behind, slope, steepest = _activated(signal)
-        dense = None if behind.operation is None else _dense(behind.operation)
-        if dense is None or dense[3] != axis:
-            here, anywhere = zip(*slopes[::-1], strict=True) if slopes else ((), ())
-            is_global = all(isinstance(slope, float) for slope in here)
-            return Chain(signal, tuple(kernels[::-1]), anywhere if is_global else here, anywhere)
-        slopes.append((_of_units(slope, axis), steepest))
-        signal, kernel, axis = dense[:3]
-        kernels.append(kernel)
+    while (join := _join(link)) is not None:
+        layers.append(join.layer)
+        slopes.append((join.slope, join.steepest))
+        link = join.before
+    here, anywhere = zip(*slopes[::-1], strict=True) if slopes else ((), ())
+    is_global = all(isinstance(slope, float) for slope in here)
+    chain = (link.layer, *layers[::-1])
+    return Chain(link.signal, chain, anywhere if is_global else here, anywhere)
 
 
 def along_units(op: Operation, values: Float[Array, " units"]) -> Float[Array, "*units"]:
-    """Values for the units of a dense layer, shaped to be broadcast to its result."""
-    dense = _dense(op)
-    assert dense is not None
-    return jnp.expand_dims(values, tuple(a for a in range(len(op.shape)) if a != dense[3]))
+    """Values for the units or channels of a layer, shaped to be broadcast to its result."""
+    link = _link(op)
+    assert link is not None
+    return jnp.expand_dims(values, tuple(a for a in range(len(op.shape)) if a != link.outputs[-1]))
 
 
 def is_link(op: Operation) -> bool:
     """Whether an operation may be part of a chain."""
-    return _dense(op) is not None or _slope(op) is not None
+    return _link(op) is not None or _slope(op) is not None or _is_rearrangement(op)
 
 
 def last_dense(signal: Signal) -> Operation | None:
     """The dense layer that a signal is but for a bias."""
-    behind, *_ = _activated(signal, _SHIFTS)
-    op = behind.operation
+    while signal.layer is not None and _slope(signal.layer, _SHIFTS) is not None:
+        (signal,) = signal.layer.signals
+    op = signal.operation
     return op if op is not None and _dense(op) is not None else None
 
 
-def _dense(op: Operation) -> tuple[Signal, Any, int, int] | None:
-    """The signal, the kernel (in, out), and the axes of the features before and behind it."""
+# Layers
+
+
+def _link(op: Operation) -> _Link | None:
+    return _dense(op) or _convolution(op)
+
+
+def _dense(op: Operation) -> _Link | None:
     if op.name != "dot_general" or len(op.signals) != 1:
         return None
     contract, batch = op.params["dimension_numbers"]
@@ -90,9 +115,106 @@ def _dense(op: Operation) -> tuple[Signal, Any, int, int] | None:
     kernel, signal = op.inputs[side], op.inputs[1 - side]
     if batch[0] or len(contract[0]) != 1 or kernel.ndim != 2:
         return None
-    (before,), (rows,) = contract[1 - side], contract[side]
-    behind = len(op.shape) - 1 if side == 1 else 0
-    return signal, kernel if rows == 0 else kernel.T, before, behind
+    matrix = kernel if contract[side] == (0,) else kernel.T
+    units = len(op.shape) - 1 if side == 1 else 0
+    return _Link(signal, Linear(matrix, Dense()), tuple(contract[1 - side]), (units,))
+
+
+def _convolution(op: Operation) -> _Link | None:
+    if op.name != "conv_general_dilated" or len(op.signals) != 1:
+        return None
+    params, signal = op.params, op.inputs[0]
+    if signal is not op.signals[0] or params["batch_group_count"] != 1:
+        return None
+    if any(dilation != 1 for dilation in params["lhs_dilation"]):
+        return None
+    before, _, behind = params["dimension_numbers"]
+    axes = ((*spec[2:], spec[1]) for spec in (before, behind))
+    return _Link(signal, convolution(op), *axes)
+
+
+# What is between two layers
+
+
+class _Join(NamedTuple):
+    """Two layers with nothing but biases and activations between them.
+
+    Attributes:
+        before: The first.
+        layer: The second, for the units of the first in their order.
+        slope: The largest slope between them; of each unit, where the bound is a local one.
+        steepest: The same for a bound that is not.
+    """
+
+    before: _Link
+    layer: Linear
+    slope: Slope
+    steepest: float
+
+
+def _join(link: _Link) -> _Join | None:
+    """The layer before a layer; None if another operation is between them, or none before it."""
+    signal, between = link.signal, []
+    while signal.layer is not None and (
+        _slope(signal.layer) is not None or _is_rearrangement(signal.layer)
+    ):
+        between.append(signal.layer)
+        (signal,) = signal.layer.signals
+    before = None if signal.operation is None else _link(signal.operation)
+    if before is None:
+        return None
+    # Where the entries were among the results of the layer before.
+    places = made = np.arange(signal.size).reshape(signal.shape)
+    local: Slope = 1.0
+    steepest = 1.0
+    for op in between[::-1]:
+        slope = _slope(op)
+        if slope is None:
+            places = _rearranged(op, places)
+            continue
+        steepest *= slope
+        here = largest_slope(op, slope)
+        if isinstance(here, jax.Array):
+            here = jnp.zeros(signal.size, here.dtype).at[places.ravel()].set(here.ravel())
+        local = local * here
+    layer = _taking(link, before, _rows(places, link.inputs), _rows(made, before.outputs))
+    if layer is None:
+        return None
+    if isinstance(before.layer.kind, Convolution):
+        local = steepest  # of a channel's many pixels one is nearly always as steep
+    elif isinstance(local, jax.Array):
+        local = jnp.max(_rows(local.reshape(signal.shape), before.outputs), axis=0, initial=0)
+    return _Join(before, layer, local, steepest)
+
+
+def _taking(
+    link: _Link,
+    before: _Link,
+    taken: Int[np.ndarray, "examples units"],
+    made: Int[np.ndarray, "others outputs"],
+) -> Linear | None:
+    """A layer for the units of the one before in their order; None if it mixes examples of that."""
+    numbers = np.empty(made.size, int)
+    numbers[made] = np.arange(made.size).reshape(made.shape)
+    examples, units = np.divmod(numbers[taken], made.shape[1])
+    order = units[0] if len(units) else units
+    same = np.all(examples == examples[:, :1]) and np.all(units == order)
+    if taken.shape[1] != made.shape[1] or not same:
+        return None
+    kernel, kind = link.layer
+    if isinstance(kind, Dense):
+        return Linear(kernel[np.argsort(order)], kind)
+    is_image = before.layer.kind.output_shape(before.layer.kernel.shape) == kind.input_shape(
+        kernel.shape
+    )
+    return link.layer if is_image and np.all(order == np.arange(len(order))) else None
+
+
+def _rows(array: Any, axes: tuple[int, ...]) -> Any:
+    """An array of rows that run along some axes, in their order."""
+    others = [a for a in range(array.ndim) if a not in axes]
+    row = math.prod(array.shape[a] for a in axes)
+    return array.transpose(*others, *axes).reshape(-1, row)
 
 
 def local_slope(op: Operation) -> Slope | None:
@@ -112,22 +234,14 @@ def _slope(op: Operation, names: Any = _SLOPES) -> float | None:
     return _SLOPES[op.name]
 
 
-def _of_units(slope: Slope, axis: int) -> Slope:
-    """The largest slope of each unit, which are along an axis."""
-    if isinstance(slope, float):
-        return slope
-    return jnp.max(slope, axis=tuple(a for a in range(slope.ndim) if a != axis), initial=0)
+def _is_rearrangement(op: Operation) -> bool:
+    """Whether the result has the entries of the one signal, each once."""
+    if op.name not in _REARRANGEMENTS or len(op.signals) != 1:
+        return False
+    return op.signals[0].size == math.prod(op.shape) and op.params.get("dimensions") is None
 
 
-def _activated(signal: Signal, names: Any = _SLOPES) -> tuple[Signal, Slope, float]:
-    """What a signal is an elementwise function of, and the largest slopes of that."""
-    local: Slope = 1.0
-    total = 1.0
-    while signal.layer is not None:
-        slope = _slope(signal.layer, names)
-        if slope is None:
-            break
-        total *= slope
-        local = local * largest_slope(signal.layer, slope)
-        (signal,) = signal.layer.signals
-    return signal, local, total
+def _rearranged(op: Operation, entries: np.ndarray) -> np.ndarray:
+    if op.name == "transpose":
+        return entries.transpose(op.params["permutation"])
+    return entries.reshape(op.shape)

@@ -39,6 +39,10 @@ class Dense(NamedTuple):
         """The shape of one input."""
         return kernel_shape[:1]
 
+    def output_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one output."""
+        return kernel_shape[1:]
+
     def apply(self, kernel: Float[Array, "in out"], x: Float[Array, " in"]) -> Float[Array, " out"]:
         """The product of one input with the kernel."""
         return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
@@ -46,6 +50,18 @@ class Dense(NamedTuple):
     def bound(self, kernel: Float[Array, "in out"]) -> Float[Array, ""]:
         """An upper bound of the operator norm; infinite unless it is finite."""
         return norm_bound(kernel)
+
+
+class Linear(NamedTuple):
+    """A linear layer: a layer of a chain.
+
+    Attributes:
+        kernel: Its kernel.
+        kind: The rest.
+    """
+
+    kernel: Float[Array, "*kernel"]
+    kind: Dense | Convolution
 
 
 def dense_norm(kernel: Float[ArrayLike, "in out"]) -> NormBound:
@@ -102,16 +118,10 @@ def conv_norm(
     Source: Sedghi et al. (2019) for cyclic convolutions; `advjax/lipschitz/convolution.py` derives
     strides, padding and the margin for rounding.
     """
-    kernel = _floating(kernel)
-    layer = convolution(
-        kernel.shape,
-        input_shape,
-        strides=strides,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
+    kernel, layer = conv(
+        kernel, input_shape, strides=strides, padding=padding, dilation=dilation, groups=groups
     )
-    return _between(layer, kernel)
+    return _between(layer, _floating(kernel))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -158,20 +168,34 @@ def _floating(kernel: ArrayLike) -> Array:
     return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
 
 
-def convolution(
-    kernel_shape: tuple[int, ...],
+def conv(
+    kernel: Float[ArrayLike, "*window in out"],
     input_shape: tuple[int, ...],
     *,
     strides: int | Sequence[int] = 1,
     padding: Padding = "SAME",
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Convolution:
-    """The convolution of these shapes; ValueError if they do not fit together."""
-    rank = len(kernel_shape) - 2
+) -> Linear:
+    """A convolution with zero padding, as a layer for `product`, `eclipse` or `lipsdp`.
+
+    Args:
+        kernel: As for `conv_norm`.
+        input_shape: As for `conv_norm`.
+        strides: As for `conv_norm`.
+        padding: As for `conv_norm`.
+        dilation: As for `conv_norm`.
+        groups: As for `conv_norm`.
+
+    Raises:
+        TypeError: As for `conv_norm`.
+        ValueError: As for `conv_norm`.
+    """
+    kernel = checks.floating("kernel", kernel)
+    rank = kernel.ndim - 2
     if rank < 1 or len(input_shape) != rank + 1:
         raise ValueError(
-            f"input_shape: {tuple(input_shape)} for a kernel of shape {kernel_shape}, expected "
+            f"input_shape: {tuple(input_shape)} for a kernel of shape {kernel.shape}, expected "
             "(H, W, C) of one image for a kernel (height, width, in, out)."
         )
 
@@ -182,7 +206,7 @@ def convolution(
         return [checks.positive_int(name, v) for v in values]
 
     stride, distance = each("strides", strides), each("dilation", dilation)
-    size, window = input_shape[:-1], kernel_shape[:-2]
+    size, window = input_shape[:-1], kernel.shape[:-2]
     covered = [(w - 1) * d + 1 for w, d in zip(window, distance, strict=True)]
     if isinstance(padding, str):
         if padding not in ("SAME", "VALID"):
@@ -197,11 +221,11 @@ def convolution(
         for n, w, s, (low, high), d in zip(size, window, stride, pads, distance, strict=True)
     )
     groups = checks.positive_int("groups", groups)
-    *_, inputs, outputs = kernel_shape
+    *_, inputs, outputs = kernel.shape
     if inputs * groups != input_shape[-1] or outputs % groups:
         raise ValueError(
-            f"kernel: shape {kernel_shape} for {input_shape[-1]} input channels in {groups} "
+            f"kernel: shape {kernel.shape} for {input_shape[-1]} input channels in {groups} "
             "group(s), expected (*window, input channels / groups, output channels) with output "
             "channels that the groups divide."
         )
-    return Convolution(axes, groups)
+    return Linear(kernel, Convolution(axes, groups))

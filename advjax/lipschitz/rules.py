@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense, convolution, upper_norm
+from advjax.lipschitz.norms import Dense, Linear, conv, upper_norm
 from advjax.lipschitz.signals import Operation, Scalar, Signal, concrete
 
 Rule = Callable[[Operation], Scalar]
@@ -188,7 +188,13 @@ def _dot_general(op: Operation) -> tuple[Dense, Float[Array, "blocks in out"]]:
     return Dense(), kernel.reshape(blocks, rows, -1)
 
 
-def _convolution(op: Operation) -> tuple[Convolution, Float[Array, "1 *window in out"]]:
+def _convolution(op: Operation) -> tuple[Dense | Convolution, Float[Array, "1 *window in out"]]:
+    kernel, layer = convolution(op)
+    return layer, kernel[None]
+
+
+def convolution(op: Operation) -> Linear:
+    """The convolution that an operation is; NotLipschitzError if it is another function."""
     params = op.params
     signal = op.inputs[0]
     if isinstance(op.inputs[1], Signal):
@@ -202,15 +208,14 @@ def _convolution(op: Operation) -> tuple[Convolution, Float[Array, "1 *window in
         max((signal.shape[axis] - 1) * d + 1, 0)
         for axis, d in zip(lhs[2:], params["lhs_dilation"], strict=True)
     ]
-    layer = convolution(
-        kernel.shape,
+    return conv(
+        kernel,
         (*size, signal.shape[lhs[1]]),
         strides=params["window_strides"],
         padding=params["padding"],
         dilation=params["rhs_dilation"],
         groups=params["feature_group_count"],
     )
-    return layer, kernel[None]
 
 
 LINEAR: dict[str, Callable[[Operation], tuple[Dense | Convolution, Array]]] = {
