@@ -35,6 +35,7 @@ SECTIONS = (
     "figure7",
     "adversarial",
     "table5",
+    "lipschitz",
 )
 
 
