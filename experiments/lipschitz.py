@@ -402,8 +402,8 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     for (name, decay, strength), rows in _by_training(content).items():
         if name == NET:
             sweeps[decay][strength] = rows
-    alone, decayed = (_gain(sweep) for sweep in sweeps.values())
-    helps = [gain.low > 0 for _, gain in (alone, decayed) if gain is not None]
+    alone, decayed = (_change(sweep) for sweep in sweeps.values())
+    helps = [change.high < 0 for _, change in (alone, decayed) if change is not None]
     nothing, penalised = sweeps[False][0], sweeps[False][max(sweeps[False])]
     farther = [b["distance"] / a["distance"] for a, b in zip(nothing, penalised, strict=True)]
     return [
@@ -421,18 +421,15 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
             "suggested, not tested",
             f"{NET}: "
             + "; ".join(
-                f"with {best:g}, the best of the strengths tried, the test error is lower by "
-                f"{results.percent(gain)} {beside}"
-                for (best, gain), beside in (
-                    (alone, "than with nothing"),
-                    (decayed, "than with weight decay alone"),
-                )
-                if gain is not None
+                f"{beside} the best of the strengths tried, {best:g}, changes the test error by "
+                f"{results.number(change, 2)} points"
+                for (best, change), beside in ((alone, "alone"), (decayed, "beside weight decay"))
+                if change is not None
             ),
             results.verdict(helps),
         ),
         results.Claim(
-            "and make adversarial images farther",
+            "It might make adversarial images farther",
             "suggested, not tested",
             f"{NET}: with {max(sweeps[False]):g} the nearest are "
             f"{results.number(results.mean(farther), 2)} times as far as with nothing, and "
@@ -443,15 +440,16 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     ]
 
 
-def _gain(
+def _change(
     sweep: dict[float, list[results.Row]],
 ) -> tuple[float, results.Estimate | None]:
-    """The strength of the least test error, and how much less that is than without a penalty."""
+    """The strength of the least test error, and by how many points it changes it."""
     errors = {strength: [row["test_error"] for row in rows] for strength, rows in sweep.items()}
     best = min((s for s in errors if s), key=lambda s: np.mean(errors[s]), default=0.0)
     if not best:
         return best, None
-    return best, results.mean([a - b for a, b in zip(errors[0], errors[best], strict=True)])
+    changes = [100 * (b - a) for a, b in zip(errors[0], errors[best], strict=True)]
+    return best, results.mean(changes)
 
 
 def _certified(rows: Sequence[results.Row]) -> results.Estimate:

@@ -1,5 +1,6 @@
-"""Image data sets as arrays: MNIST and Fashion-MNIST, and a sample of MNIST inside the package."""
+"""Image data sets as arrays: MNIST, Fashion-MNIST, a sample of MNIST inside the package; photographs."""
 
 from advjax.data.loading import Dataset, load
+from advjax.data.photographs import imagenet_names, load_imagenet, load_photographs
 
-__all__ = ["Dataset", "load"]
+__all__ = ["Dataset", "imagenet_names", "load", "load_imagenet", "load_photographs"]
