@@ -233,7 +233,7 @@ def names(fn, x):
 @functools.cache
 def convnet():
     model = models.ConvNet(channels=(3, 4), features=(7, 5))
-    x = jnp.zeros((8, 8, 1))
+    x = jnp.zeros((8, 8, 1), jnp.float32)
     params = model.init(jax.random.key(0), x)
     return functools.partial(model.apply, params), params["params"], x
 
