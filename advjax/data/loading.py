@@ -19,9 +19,9 @@ SOURCES = ("auto", "tfds", "embedded")
 
 
 class Dataset(NamedTuple):
-    """The images of one split, their labels, and where they came from."""
+    """The images, their labels, and where they came from."""
 
-    images: Float[np.ndarray, "n 28 28 1"]
+    images: Float[np.ndarray, "n height width channels"]
     labels: Int[np.ndarray, " n"]
     source: str
 
@@ -100,10 +100,8 @@ def _from_tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -
             f'{name} is read with tensorflow-datasets: pip install "advjax[experiments]" ({error})'
         ) from error
 
-    # tensorflow-datasets reads the variable too, but only once, when it is imported.
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
-    with _absl_errors_only():
-        builder = idx_builder.prepared(name, os.path.expanduser(data_dir) if data_dir else None)
+    with absl_errors_only():
+        builder = idx_builder.prepared(name, tfds_folder(data_dir))
         images, labels = cache.arrays(
             f"{name}-{split}-{builder.version}-{idx_builder.fingerprint(builder, split)}.npz",
             lambda: idx_builder.read(builder, split),
@@ -111,8 +109,15 @@ def _from_tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -
     return _to_dataset(images, labels, "tfds")
 
 
+def tfds_folder(data_dir: str | os.PathLike[str] | None) -> str | None:
+    """Where tensorflow-datasets keeps its data, if it is told."""
+    # It reads the variable too, but only once, when it is imported.
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
+    return os.path.expanduser(data_dir) if data_dir else None
+
+
 @contextmanager
-def _absl_errors_only() -> Iterator[None]:
+def absl_errors_only() -> Iterator[None]:
     """Mutes the warnings tensorflow-datasets logs about what is handled or meant here."""
     logger = logging.getLogger("absl")
     level = logger.level

@@ -187,6 +187,9 @@ def conv(
         dilation: As for `conv_norm`.
         groups: As for `conv_norm`.
 
+    Returns:
+        A `Linear`: the kernel, and all else.
+
     Raises:
         TypeError: As for `conv_norm`.
         ValueError: As for `conv_norm`.
