@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, losses, metrics
+from advjax.attacks.start import Start
 from advjax.solvers import Solver, SolverState
 from advjax.solvers import Status as SolverStatus
 from advjax.types import Box, LogitsFn
@@ -76,7 +77,7 @@ class Machine(NamedTuple):
     """An attack as pure functions on one image; `jax.vmap` and run them as you like.
 
     Attributes:
-        init: `(x, target) -> state`, without an evaluation of the model.
+        init: `(x, target) -> state`, without an evaluation of the model but those of a `Start`.
         step: `state -> state`, one value_and_grad of the model. A step beyond the end leaves the
             result as it is, so that a batch may go on without those that are done.
         done: `state -> bool`.
@@ -95,6 +96,8 @@ class View(NamedTuple):
     size: Float[Array, ""]
     """The method's measure of the perturbation, the solver's current point less the image."""
     size_grad: Float[Array, " pixels"]
+    start_size: Float[Array, ""]
+    """The measure at the point that the search starts from, 0 for the image."""
     shape: tuple[int, ...]
     """That of the image."""
     logits: Float[Array, " classes"]
@@ -164,6 +167,7 @@ class _State(NamedTuple):
     """All vectors of the search are flat, which suits the solver; `best.x` is like the image."""
 
     origin: Float[Array, " pixels"]
+    start: Float[Array, " pixels"] | None  # None for the image itself
     target: Int[Array, ""]
     params: Any
     solver: SolverState
@@ -182,7 +186,8 @@ def machine(
     solver: Solver,
     confidence: float | None,
     max_evals: int,
-    max_evals_per_solve: int = 50,
+    max_evals_per_solve: int,
+    start: Start | None = None,
 ) -> Machine:
     """The flat machine of one method.
 
@@ -194,19 +199,17 @@ def machine(
         confidence: The margin asked for; None for the model's own resolution.
         max_evals: The most evaluations of the model.
         max_evals_per_solve: After so many a sub-problem is cut short.
+        start: What finds the point to search from, once the image has been seen; None for that.
     """
-
-    def flatten(x: Float[Array, "*shape"]) -> Float[Array, " pixels"]:
-        # Half-precision images are optimised in float32 and rounded before the model sees them.
-        return jnp.ravel(x).astype(jnp.promote_types(x.dtype, jnp.float32))
-
-    def image(
-        flat: Float[Array, " pixels"], like: Float[Array, "*shape"]
-    ) -> Float[Array, "*shape"]:
-        return flat.reshape(like.shape).astype(like.dtype)
+    before = 0 if start is None else start.num_evals
 
     def bounds(like: Float[Array, "*shape"]) -> Box:
-        return Box(*(flatten(jnp.asarray(bound)) for bound in checks.box(box, like)))
+        return Box(*(_flatten(jnp.asarray(bound)) for bound in checks.box(box, like)))
+
+    def size_of(
+        flat: Float[Array, " pixels"], origin: Float[Array, " pixels"], like: Float[Array, "*shape"]
+    ) -> Float[Array, ""]:
+        return method.size((flat - origin).reshape(like.shape))
 
     def value_and_grad(
         params: Any,
@@ -215,16 +218,15 @@ def machine(
         like: Float[Array, "*shape"],
     ):
         def objective(flat):
-            logits = logits_fn(image(flat, like)).astype(origin.dtype)
-            size = method.size((flat - origin).reshape(like.shape))
-            return size + method.other(params, logits, target), logits
+            logits = logits_fn(_image(flat, like)).astype(origin.dtype)
+            return size_of(flat, origin, like) + method.other(params, logits, target), logits
 
         return jax.value_and_grad(objective, has_aux=True)
 
     def init(x: Float[Array, "*shape"], target: Int[Array, ""]) -> _State:
         allowed, logits = bounds(x), checks.logits(logits_fn, x)
         status = admission(x, target, logits.shape[0], allowed)
-        origin = flatten(jnp.where(jnp.isfinite(x), x, 0))
+        origin = _flatten(jnp.where(jnp.isfinite(x), x, 0))
         target = jnp.clip(target, 0, logits.shape[0] - 1)
         zero = jnp.zeros((), origin.dtype)
         params = method.init(
@@ -234,10 +236,13 @@ def machine(
         nearest = jnp.where(status == Status.EMPTY_BOX, origin, jnp.clip(origin, *allowed))
         return _State(
             origin=origin,
+            start=None
+            if start is None
+            else start.find(lambda flat: logits_fn(_image(flat, x)), origin, target, allowed),
             target=target,
             params=params,
             solver=solver.init(value_and_grad(params, origin, target, x), origin, allowed),
-            best=_Candidate(image(nearest, x), jnp.int32(0), zero - jnp.inf, zero),
+            best=_Candidate(_image(nearest, x), jnp.int32(0), zero - jnp.inf, zero),
             status=status,
             spent=jnp.int32(0),
             goal=zero,
@@ -270,7 +275,7 @@ def machine(
                 first & (view.reached | ((best.level > 0) & (confidence is None))),
                 changed & verdict.finished,
                 changed & verdict.exhausted,
-                solver_state.num_evals >= max_evals,
+                solver_state.num_evals + before >= max_evals,
             ],
             [
                 jnp.int32(Status.NONFINITE),
@@ -282,12 +287,13 @@ def machine(
             jnp.int32(Status.RUNNING),
         )
         # The objective at the same point under the new parameters.
-        known = jnp.isfinite(verdict.ratio)
+        x, known = _onward(state, solver_state, verdict, first & running)
         value = view.size + method.other(verdict.params, view.logits, state.target)
         grad = view.size_grad + verdict.ratio * (view.grad - view.size_grad)
         return state._replace(
             params=_where(changed, verdict.params, state.params),
             solver=solver_state._replace(
+                x=x,
                 num_evals=jnp.where(running, solver_state.num_evals, state.solver.num_evals),
                 value=jnp.where(changed, jnp.where(known, value, jnp.inf), solver_state.value),
                 grad=jnp.where(changed, jnp.where(known, grad, 0), solver_state.grad),
@@ -305,12 +311,12 @@ def machine(
         resolution = jnp.where(first, _resolution(logits, dtype), state.resolution)
         goal = jnp.where(first, resolution if confidence is None else confidence, state.goal)
         margin = metrics.margin(logits, state.target)
-        size, size_grad = jax.value_and_grad(lambda r: method.size(r.reshape(like.shape)))(
-            solver_state.x - state.origin
-        )
+        size, size_grad = jax.value_and_grad(size_of)(solver_state.x, state.origin, like)
+        begun = state.origin if state.start is None else state.start
         return View(
             size=size,
             size_grad=size_grad,
+            start_size=size_of(begun, state.origin, like),
             shape=like.shape,
             logits=logits,
             target=state.target,
@@ -326,9 +332,9 @@ def machine(
     def candidate(
         state: _State, solver_state: SolverState, view: View, first: Bool[Array, ""]
     ) -> _Candidate:
-        x_adv = image(solver_state.x, state.best.x)
+        x_adv = _image(solver_state.x, state.best.x)
         predicted = jnp.argmax(view.logits) == view.target
-        distance = losses.squared_l2(flatten(x_adv) - state.origin)
+        distance = losses.squared_l2(_flatten(x_adv) - state.origin)
         return _Candidate(
             x=x_adv,
             level=predicted.astype(jnp.int32) + view.reached,
@@ -352,11 +358,11 @@ def machine(
         return AttackResult(
             x_adv=x_adv,
             success=success,
-            distortion=metrics.distortion(state.origin, flatten(x_adv)),
+            distortion=metrics.distortion(state.origin, _flatten(x_adv)),
             weight=state.best.weight,
             prediction=prediction,
             status=jnp.where(ended_well & ~success, Status.NOT_FOUND, state.status),
-            num_evals=state.solver.num_evals,
+            num_evals=state.solver.num_evals + jnp.where(untried, 0, before),
         )
 
     return Machine(init, step, done, result)
@@ -420,6 +426,25 @@ def _resolution(logits: Float[Array, " classes"], dtype: Any) -> Float[Array, ""
         logits, initial=jnp.inf, where=finite
     )
     return share * jnp.maximum(spread, 0)
+
+
+def _flatten(x: Float[Array, "*shape"]) -> Float[Array, " pixels"]:
+    # Half-precision images are optimised in float32 and rounded before the model sees them.
+    return jnp.ravel(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _image(flat: Float[Array, " pixels"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return flat.reshape(like.shape).astype(like.dtype)
+
+
+def _onward(
+    state: _State, solver_state: SolverState, verdict: Verdict, at_image: Bool[Array, ""]
+) -> tuple[Float[Array, " pixels"], Bool[Array, ""]]:
+    """Where the search goes on, and whether the gradient there is known."""
+    known = jnp.isfinite(verdict.ratio)
+    if state.start is None:
+        return solver_state.x, known
+    return jnp.where(at_image, state.start, solver_state.x), known & ~at_image
 
 
 def _better(old: _Candidate, new: _Candidate, running: Bool[Array, ""]) -> _Candidate:

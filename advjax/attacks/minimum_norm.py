@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from advjax import checks, losses
 from advjax.attacks.base import AttackResult, Machine, Method, Verdict, View, machine, run
+from advjax.attacks.start import Start
 from advjax.solvers import Solver, lbfgsb
 from advjax.types import Box, LogitsFn
 
@@ -16,7 +17,8 @@ _PENALTY_GROWTH = 5.0
 _PENALTY_LIMIT = 1e6  # times the first one; a target out of reach at this is out of reach
 _EXPECTED_FALL = 0.25  # of the violation by an update of the multipliers, or the penalty grows
 _TOLERANCE_FALL = 0.3  # of the inner tolerance by each update
-_FIRST_TOLERANCE = 0.1
+_FIRST_TOLERANCE = 0.3
+_MAX_EVALS_PER_SOLVE = 12  # a rough solution is enough to move the multipliers on
 _GAP = 1e-4  # of the squared distance: the duality gap at which the search ends
 
 
@@ -39,6 +41,7 @@ def minimum_norm(
     confidence: float | None = None,
     tol: float = 1e-2,
     max_evals: int = 500,
+    start: Start | None = None,
 ) -> AttackResult:
     """Find the nearest image, in L2, that the model gives the target class: problem (1).
 
@@ -62,7 +65,9 @@ def minimum_norm(
             precision.
         tol: The sub-problems' final tolerance: the projected gradient's length beside that of `r`.
             The distance exceeds the optimum by the order of its square: 1e-2 means 1e-4.
-        max_evals: The most evaluations of the model's value and gradient.
+        max_evals: The most evaluations of the model's value and gradient, with those of `start`.
+        start: Where to begin: `attacks.decoupled()` finds nearer images of large networks, which
+            have many local minima. By default the image itself, which on small ones is as good.
 
     Returns:
         An `AttackResult`; its `weight` is the sum of the multipliers, by how much `||r||^2 / 2`
@@ -79,7 +84,13 @@ def minimum_norm(
     """
     return run(
         lambda logits_fn, box: minimum_norm_machine(
-            logits_fn, box=box, solver=solver, confidence=confidence, tol=tol, max_evals=max_evals
+            logits_fn,
+            box=box,
+            solver=solver,
+            confidence=confidence,
+            tol=tol,
+            max_evals=max_evals,
+            start=start,
         ),
         logits_fn,
         x,
@@ -96,11 +107,17 @@ def minimum_norm_machine(
     confidence: float | None = None,
     tol: float = 1e-2,
     max_evals: int = 500,
+    start: Start | None = None,
 ) -> Machine:
     """The machine behind `minimum_norm`, for whoever runs the steps; the same options."""
     confidence = None if confidence is None else checks.number("confidence", confidence, minimum=0)
     tol = checks.number("tol", tol, minimum=0, exclusive=True)
     max_evals = checks.positive_int("max_evals", max_evals)
+    if start is not None and max_evals < start.num_evals + 2:
+        raise ValueError(
+            f"max_evals: {max_evals}, expected at least {start.num_evals + 2}: those of the start, "
+            "of the image and of one step."
+        )
 
     def init(r: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct) -> _Multipliers:
         def number(value: float):
@@ -119,11 +136,18 @@ def minimum_norm_machine(
         return losses.squared_l2(_estimates(params, logits, target)) / (2 * params.penalty)
 
     def first(params: _Multipliers, view: View) -> Verdict:
-        """Scale the penalty by the gradient just seen, linear in it while the multipliers are 0."""
+        """Scale the penalty by the gradient just seen, linear in it while the multipliers are 0.
+
+        By the mean slope on the way to the start, where that is known.
+        """
         excess = view.value - view.size  # half the squared violation
         square = losses.squared_l2(view.grad - view.size_grad)
-        usable = square > 0
-        penalty = jnp.where(usable, _FIRST_PENALTY * 2 * excess / jnp.where(usable, square, 1), 1)
+        lead = jnp.max(_constraints(params, view.logits, view.target))
+        far = (view.start_size > 0) & (lead > 0)
+        rise = jnp.where(far, 2 * view.start_size, 2 * excess)
+        run = jnp.where(far, lead**2, square)
+        usable = run > 0
+        penalty = jnp.where(usable, _FIRST_PENALTY * rise / jnp.where(usable, run, 1), 1)
         params = params._replace(
             penalty=penalty,
             penalty_limit=_PENALTY_LIMIT * penalty,
@@ -176,7 +200,14 @@ def minimum_norm_machine(
         solved=solved,
     )
     return machine(
-        method, logits_fn, box=box, solver=solver, confidence=confidence, max_evals=max_evals
+        method,
+        logits_fn,
+        box=box,
+        solver=solver,
+        confidence=confidence,
+        max_evals=max_evals,
+        max_evals_per_solve=_MAX_EVALS_PER_SOLVE,
+        start=start,
     )
 
 
