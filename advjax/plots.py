@@ -83,7 +83,7 @@ def adversarial_grid(
     for j, title in enumerate(titles):
         middle = side + j * (width + _GAP) + width / 2
         sheet.text(middle, top / 2, title, size=11)
-        sheet.text(middle, sheet.height - _TITLE / 2, f"{rms[j]:.2g}", color="0.35")
+        sheet.text(middle, sheet.height - _TITLE / 2, f"{rms[j]:.3g}", color="0.35")
     sheet.text(side - 6, sheet.height - _TITLE / 2, "RMS", ha="right", color="0.35")
     return sheet.figure
 

@@ -71,6 +71,29 @@ def ways(
     ]
 
 
+def short_ways(
+    logits_fn: LogitsFn,
+    xs: Float[np.ndarray, " n *shape"],
+    targets: Int[np.ndarray, " n"],
+    *,
+    steps: int,
+) -> list[Way]:
+    """DDN with so many steps, and Carlini-Wagner with five rounds of two thirds as many."""
+    from foolbox import attacks
+
+    attack = functools.partial(_attack, logits_fn, xs, targets)
+    carlini_wagner = functools.partial(attacks.L2CarliniWagnerAttack, binary_search_steps=5)
+    rounds = 2 * steps // 3
+    return [
+        Way(f"DDN {steps}", "foolbox", functools.partial(attack, attacks.DDNAttack, steps)),
+        Way(
+            f"Carlini-Wagner 5 x {rounds}",
+            "foolbox",
+            functools.partial(attack, carlini_wagner, rounds),
+        ),
+    ]
+
+
 def _attack(
     logits_fn: LogitsFn,
     xs: Float[np.ndarray, " n *shape"],

@@ -1,0 +1,59 @@
+"""EfficientNet-Lite0 and photographs, for the experiments on networks of ImageNet's size."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from advjax import data, models
+from experiments import nets
+
+OSTRICH = 9
+"""The class "ostrich, Struthio camelus", which the paper turns photographs into."""
+
+
+class Photographs(NamedTuple):
+    """Photographs, and which of them a net can be misled about."""
+
+    dataset: data.Dataset
+    victims: nets.Victims
+    """Those that the net gets right, but for ostriches, each to become one."""
+
+
+def load_net() -> nets.Net:
+    """EfficientNet-Lite0 with the weights of its package; it takes pixels in [0, 1]."""
+    model = models.EfficientNetLite0()
+    weights = models.load_torch_weights(models.efficientnet_lite0_weights())
+    return nets.Net(
+        "EfficientNet-Lite0", model, models.efficientnet_lite0_from_torch(model, weights)
+    )
+
+
+def load_photographs(net: nets.Net, folder: Path | None, *, count: int | None) -> Photographs:
+    """The photographs of a folder, or foolbox's twenty.
+
+    Args:
+        net: Decides which of them are victims.
+        folder: As for `data.load_photographs`.
+        count: How many victims at most.
+
+    Returns:
+        All photographs, and the first victims among them. Where a photograph's class is not told,
+        that which the net gives it counts.
+    """
+    dataset = data.load_photographs(folder=folder)
+    predicted = np.asarray(predict(net.logits_fn, dataset.images))
+    labels = np.where(dataset.labels < 0, predicted, dataset.labels)
+    right = np.flatnonzero((predicted == labels) & (labels != OSTRICH))[:count]
+    return Photographs(
+        dataset,
+        nets.Victims(right, dataset.images[right], labels[right], np.full(len(right), OSTRICH)),
+    )
+
+
+@jax.jit
+def predict(logits_fn: jax.tree_util.Partial, images: Float[Array, "n *shape"]) -> Int[Array, " n"]:
+    """The class that a net gives each image."""
+    return jax.lax.map(lambda image: logits_fn(image).argmax(), images, batch_size=4)
