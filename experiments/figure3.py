@@ -1,4 +1,4 @@
-"""Photographs that excite single units of EfficientNet-Lite0 most (figure 3; 1 min; photographs).
+"""Photographs that excite units of a large net most (figure 3; 1 min; photographs).
 
 The paper shows the validation images of ImageNet that go farthest along units of AlexNet. Here the
 layer is the last hidden one of EfficientNet-Lite0, 1,280 units after the ReLU6, each averaged over
