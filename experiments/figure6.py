@@ -1,4 +1,4 @@
-"""A car detector on a net's features, and what misleads it (figure 6; 6 min; photographs).
+"""A car detector on a net's features, and its deception (figure 6; 6 min; photographs).
 
 A stand-in. The paper takes QuocNet, a large net that learnt its features without labels, and trains
 a binary car classifier on them without fine-tuning; that net was never published. Here the features
