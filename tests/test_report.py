@@ -14,6 +14,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setattr(report, "SECTIONS", ("table3", "table4"))
+        patch.setattr(report, "PHOTOGRAPHS", ())
         report.main(quick=True, out=folder)
         yield folder
 
@@ -31,7 +32,6 @@ def test_it_has_every_claim_and_every_table_with_what_made_them(folder):
         for claim in module.claims(content):
             assert claim.claim in text
             assert f"**{claim.verdict}**" in text
-    assert "never published" in text
 
 
 def test_every_picture_and_file_that_it_names_is_there(folder):
@@ -48,6 +48,8 @@ def test_written_again_it_is_the_same_and_measures_nothing(folder, monkeypatch):
     before = contents(folder, table3)
     monkeypatch.setattr(table3, "train_on_halves", None)
     monkeypatch.setattr(table4, "train_on_halves", None)
+    monkeypatch.setattr(report, "SECTIONS", ("table3", "table4"))
+    monkeypatch.setattr(report, "PHOTOGRAPHS", ())
     report.main(quick=True, out=folder)
     assert (folder / "REPORT.md").read_text() == text
     assert contents(folder, table3) == before
