@@ -89,12 +89,12 @@ def main(
         "figure3",
         measure,
         seeds=1,
-        config={"dataset": "photographs", "quick": quick},
+        config={"dataset": results.PHOTOGRAPHS, "quick": quick},
         splits=views.splits,
         out=out,
         reuse=reuse,
     )
-    save(draw(views, content["runs"][0]["rows"]), out / "figure3.png")
+    imagenet.save(draw(views, content["runs"][0]["rows"]), out / "figure3.png")
     results.show("figure3", describe(content), out)
     return content
 
@@ -229,17 +229,6 @@ def draw(views: Views, rows: list[results.Row]) -> "Figure":
         np.array([row["best"] for row in rows]),
         names=[row["name"] for row in rows],
     )
-
-
-def save(figure: "Figure", path: Path, *, scale: int = 2) -> None:
-    """Writes a figure of photographs in so many times its size and 256 colours, for fewer bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image
-
-    figure.set_dpi(scale * figure.dpi)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(256).save(path)
 
 
 def table(rows: list[results.Row]) -> str:

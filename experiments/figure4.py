@@ -42,10 +42,9 @@ from experiments.figure3 import (
     flat,
     load_views,
     photograph_of,
-    save,
     table,
 )
-from experiments.rotation import ALPHA, MARGIN, QUANTILES
+from experiments.rotation import ALPHA, MARGIN, in_numbers
 
 INNER = "block11"
 UNITS = 256
@@ -116,12 +115,12 @@ def main(
         "figure4",
         measure,
         seeds=seeds,
-        config={"rotations": rotations, "dataset": "photographs", "quick": quick},
+        config={"rotations": rotations, "dataset": results.PHOTOGRAPHS, "quick": quick},
         splits=views.splits,
         out=out,
         reuse=reuse,
     )
-    save(draw(views, content["runs"][0]["rows"]), out / "figure4.png")
+    imagenet.save(draw(views, content["runs"][0]["rows"]), out / "figure4.png")
     results.show("figure4", describe(content), out)
     return content
 
@@ -150,15 +149,7 @@ def _test(
 ) -> results.Row:
     """The purity of units beside that of random bases."""
     found = units.rotation_test(key, phi, photographs, k=TOP, rotations=rotations).purity
-    return {
-        "units": phi.shape[1],
-        "identity": float(found.identity),
-        "rotated": float(found.rotated.mean()),
-        "rotated_quantiles": np.quantile(found.rotated, QUANTILES).tolist(),
-        "p_value": float(found.p_value),
-        "effect": float(found.effect),
-        "effect_size": float(found.effect_size),
-    }
+    return {"units": phi.shape[1], **in_numbers(found)}
 
 
 def describe(content: dict[str, Any]) -> str:

@@ -23,10 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from advjax import attacks, data, losses, metrics, plots, runner
+from advjax import attacks, data, losses, metrics, plots
 from experiments import imagenet, nets, paper, results
-from experiments.figure3 import save
 
 SHOWN = 6
 START_STEPS = 30
@@ -73,8 +73,8 @@ def main(
     }
 
     def measure(seed: int) -> results.Row:
-        found = {name: _attack(name, way, net, chosen) for name, way in ways.items()}
-        save(draw(chosen, found[STARTED].x_adv), out / "figure5.png", scale=1)
+        found = {name: nets.attack_victims(way, net, chosen) for name, way in ways.items()}
+        imagenet.save(draw(chosen, found[STARTED].x_adv), out / "figure5.png", scale=1)
         rows = [
             {
                 "attack": name,
@@ -108,16 +108,14 @@ def main(
     return content
 
 
-def _attack(name: str, way: Any, net: nets.Net, chosen: nets.Victims) -> attacks.AttackResult:
-    return runner.attack_images(
-        functools.partial(way, net.logits_fn), chosen.images, chosen.targets, progress=name
-    )
-
-
 def _ostriches(net: nets.Net, images: Any) -> list[bool]:
     """Which images are ostriches to the net, each predicted by itself."""
-    predict = jax.jit(lambda logits_fn, image: logits_fn(image).argmax())
-    return [int(predict(net.logits_fn, jnp.asarray(x))) == imagenet.OSTRICH for x in images]
+    return [int(_predict(net.logits_fn, jnp.asarray(x))) == imagenet.OSTRICH for x in images]
+
+
+@jax.jit
+def _predict(logits_fn: jax.tree_util.Partial, image: Array) -> Array:
+    return logits_fn(image).argmax()
 
 
 def _overhead(net: nets.Net, chosen: nets.Victims, evals: int) -> float:
@@ -154,7 +152,7 @@ def _peers(net: nets.Net, chosen: nets.Victims, steps: int) -> list[results.Row]
     third = max(2, steps // 3)
     start = attacks.decoupled(num_steps=min(START_STEPS, third // 2))
     ours = functools.partial(attacks.minimum_norm, rough=True, max_evals=third, start=start)
-    found = _attack(STARTED, ours, net, chosen)
+    found = nets.attack_victims(ours, net, chosen)
     outcomes: dict[str, tuple[Any, Any, Any]] = {
         STARTED: (found.x_adv, found.success, found.num_evals)
     }

@@ -112,12 +112,16 @@ def main(
             ],
         }
 
-    config = {"count": count, "attacked": attacked, "dataset": "photographs", "quick": quick}
     content = results.measure(
         "figure6",
         measure,
         seeds=seeds,
-        config=config if images is None else {**config, "images": str(images)},
+        config={
+            "count": count,
+            "attacked": attacked,
+            "dataset": results.PHOTOGRAPHS,
+            "quick": quick,
+        },
         splits=(photographs,),
         out=out,
         reuse=reuse,

@@ -192,12 +192,13 @@ def random_victims(key: Key[Array, ""], split: data.Dataset, count: int) -> Vict
 def attack_victims(
     attack: Callable[..., attacks.AttackResult], net: Net, chosen: Victims
 ) -> attacks.AttackResult:
-    """Attacks each image towards its target, with a bar."""
+    """Attacks each image towards its target, with a bar; `functools.partial` binds options."""
+    name = getattr(attack, "func", attack).__name__
     return runner.attack_images(
         functools.partial(attack, net.logits_fn),
         chosen.images,
         chosen.targets,
-        progress=f"{net.name}: {attack.__name__}",
+        progress=f"{net.name}: {name}",
     )
 
 

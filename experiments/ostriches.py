@@ -26,7 +26,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Array, Bool, Float, PyTree
 
-from advjax import attacks, metrics, models, runner, transfer
+from advjax import attacks, metrics, models, transfer
 from experiments import imagenet, nets, results
 
 SIZES = (192, 160)  # pixels
@@ -59,23 +59,18 @@ def main(
     net = imagenet.load_net()
     sizes, photographs, evaluations = (SIZES[1:], 2, 12) if quick else (SIZES, count, 100)
     dataset, chosen = imagenet.load_photographs(net, images, count=photographs)
+    attack = functools.partial(
+        attacks.minimum_norm,
+        rough=True,
+        start=attacks.decoupled(num_steps=min(30, evaluations // 2)),
+        max_evals=evaluations,
+    )
     columns = {one.name: one for one in _nets(net, sizes, weights)}
 
     def measure(seed: int) -> results.Row:
         rows = []
         for i, (name, one) in enumerate(columns.items()):
-            found = runner.attack_images(
-                functools.partial(
-                    attacks.minimum_norm,
-                    one.logits_fn,
-                    rough=True,
-                    start=attacks.decoupled(num_steps=min(30, evaluations // 2)),
-                    max_evals=evaluations,
-                ),
-                chosen.images,
-                chosen.targets,
-                progress=f"{name}: minimum_norm",
-            )
+            found = nets.attack_victims(attack, one, chosen)
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), len(found.x_adv))
             for rms in (None, *RMS):
                 asked = found.distortion if rms is None else jnp.full(len(keys), rms)
@@ -101,13 +96,12 @@ def main(
             "rows": rows,
         }
 
-    config = {"count": count, "dataset": "photographs", "quick": quick}
-    given = {"images": images, "weights": weights}
+    config = {"count": count, "dataset": results.PHOTOGRAPHS, "quick": quick}
     content = results.measure(
         "ostriches",
         measure,
         seeds=seeds,
-        config=config | {name: str(path) for name, path in given.items() if path is not None},
+        config=config if weights is None else {**config, "weights": str(weights)},
         splits=(dataset,),
         out=out,
         reuse=reuse,

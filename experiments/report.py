@@ -55,14 +55,15 @@ def main(
     for name in (*SECTIONS, *PHOTOGRAPHS):
         print(f"\n{name}\n", flush=True)
         module = importlib.import_module(f"experiments.{name}")
-        options = {"out": out, "quick": quick, "reuse": not fresh}
-        if name in SECTIONS:
-            sections.append((module, module.main(dataset=dataset, source=source, **options)))
-            continue
+        options = {} if name in PHOTOGRAPHS else {"dataset": dataset, "source": source}
         try:
-            sections.append((module, module.main(**options)))
+            content = module.main(**options, out=out, quick=quick, reuse=not fresh)
         except (ImportError, FileNotFoundError) as error:
+            if name not in PHOTOGRAPHS:
+                raise
             print(f"Left out: {error}", flush=True)
+        else:
+            sections.append((module, content))
     text = compose(sections)
     path = out / "REPORT.md"
     files.write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))

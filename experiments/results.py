@@ -187,11 +187,15 @@ def _digest(config: Mapping[str, Any], splits: Sequence[data.Dataset]) -> str:
 
 def _command(name: str, config: Mapping[str, Any]) -> str:
     flags = []
-    # Photographs are not chosen by name, and what no seed bears on is measured once.
-    unsaid = ("dataset", "source") if config["dataset"] == PHOTOGRAPHS else ()
+    config = dict(config)
+    if config["dataset"] == PHOTOGRAPHS:
+        del config["dataset"]
+        if config["seeds"] == 1:  # perhaps no seed bears on it
+            del config["seeds"]
+        folder = config.pop("source")
+        if folder != "foolbox":
+            config["images"] = folder
     for option, value in config.items():
-        if option in unsaid or (unsaid and option == "seeds" and value == 1):
-            continue
         if isinstance(value, bool):
             flags += [f"--{option}"] if value else []
         else:

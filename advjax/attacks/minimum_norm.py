@@ -17,8 +17,7 @@ _PENALTY_GROWTH = 5.0
 _PENALTY_LIMIT = 1e6  # times the first one; a target out of reach at this is out of reach
 _EXPECTED_FALL = 0.25  # of the violation by an update of the multipliers, or the penalty grows
 _TOLERANCE_FALL = 0.3  # of the inner tolerance by each update
-_FIRST_TOLERANCE = {False: 0.1, True: 0.3}  # if rough
-_MAX_EVALS_PER_SOLVE = {False: 50, True: 12}
+_FIRST_TOLERANCE, _FIRST_ROUGH_TOLERANCE = 0.1, 0.3
 _GAP = 1e-4  # of the squared distance: the duality gap at which the search ends
 
 
@@ -133,7 +132,7 @@ def minimum_norm_machine(
             penalty=number(1),
             penalty_limit=number(jnp.inf),
             violation=number(jnp.inf),
-            tolerance=number(max(tol, _FIRST_TOLERANCE[rough])),
+            tolerance=number(max(tol, _FIRST_ROUGH_TOLERANCE if rough else _FIRST_TOLERANCE)),
             goal=number(confidence or 0),
         )
 
@@ -211,7 +210,7 @@ def minimum_norm_machine(
         solver=solver,
         confidence=confidence,
         max_evals=max_evals,
-        max_evals_per_solve=_MAX_EVALS_PER_SOLVE[rough],
+        max_evals_per_solve=12 if rough else 50,
         start=start,
     )
 

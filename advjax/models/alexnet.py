@@ -8,8 +8,8 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from advjax import checks
 from advjax.models.fully_connected import dense_layers
+from advjax.models.torch_weights import checked_entries
 
 _KERNELS = (11, 5, 3, 3, 3)
 _POOLED = (1, 2, 5)  # the convolutions that a max-pooling follows
@@ -122,22 +122,9 @@ def alexnet_from_torch(model: AlexNet, weights: Mapping[str, ArrayLike]) -> PyTr
         ValueError: If entries are missing, unknown or of a wrong shape; the message names them.
     """
     expected = {f"{name}.{kind}" for name in _TORCH_NAMES.values() for kind in ("weight", "bias")}
-    missing, unknown = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
-    if missing or unknown:
-        raise ValueError(
-            f"weights: missing {missing}, unknown {unknown}; expected the entries of torchvision's "
-            "alexnet."
-        )
-
-    def entry(name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        array = checks.floating(name, weights[name])
-        if array.shape != shape:
-            raise ValueError(
-                f"{name}: shape {array.shape}, expected {shape}; choose the model's channels and "
-                "features as in the file."
-            )
-        return array
-
+    entry = checked_entries(
+        weights, expected, of="torchvision's alexnet", options="channels and features"
+    )
     size = 227 - 2 * model.padding  # the smallest image that leaves `_CODE` x `_CODE` features
     image = jax.ShapeDtypeStruct((size, size, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]

@@ -14,7 +14,7 @@ from flax import traverse_util
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from advjax import checks
+from advjax.models.torch_weights import checked_entries
 
 
 class _Block(NamedTuple):
@@ -207,22 +207,16 @@ def efficientnet_lite0_from_torch(
     expected = {"_fc.weight", "_fc.bias"}
     for conv, norm in names.values():
         expected |= {f"{conv}.weight", *(f"{norm}.{kind}" for kind in statistics)}
-    found = {name for name in weights if not name.endswith(".num_batches_tracked")}
-    missing, unknown = sorted(expected - found), sorted(found - expected)
-    if missing or unknown:
-        raise ValueError(
-            f"weights: missing {missing}, unknown {unknown}; expected the entries of "
-            "efficientnet_lite_pytorch's efficientnet-lite0."
-        )
+    counted = {name for name in weights if name.endswith(".num_batches_tracked")}
+    take = checked_entries(
+        {name: weights[name] for name in weights.keys() - counted},
+        expected,
+        of="efficientnet_lite_pytorch's efficientnet-lite0",
+        options="classes",
+    )
 
     def entry(name: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-        array = np.asarray(checks.floating(name, weights[name]))  # as JAX would compile each step
-        if array.shape != shape:
-            raise ValueError(
-                f"{name}: shape {array.shape}, expected {shape}; choose the model's classes as in "
-                "the file."
-            )
-        return array
+        return np.asarray(take(name, shape))  # as JAX would compile each step
 
     image = jax.ShapeDtypeStruct((32, 32, 3), jnp.float32)
     shapes = traverse_util.flatten_dict(

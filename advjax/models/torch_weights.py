@@ -7,14 +7,17 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from jaxtyping import Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
+
+from advjax import checks
 
 _DTYPES = {  # as PyTorch's storages are called, and as safetensors calls them
     ("DoubleStorage", "F64"): np.dtype("<f8"),
@@ -69,6 +72,42 @@ def load_torch_weights(path: str | os.PathLike[str]) -> dict[str, Shaped[np.ndar
             raise ValueError(
                 f"path: {os.fspath(path)} was not read: {str(error) or type(error).__name__}."
             ) from error
+
+
+def checked_entries(
+    weights: Mapping[str, ArrayLike], expected: Set[str], *, of: str, options: str
+) -> Callable[[str, tuple[int, ...]], Float[Array, "..."]]:
+    """How to take entries from weights that have just the expected ones.
+
+    Args:
+        weights: Arrays by their names.
+        expected: The names that there should be.
+        of: Whose weights they should be, for the message.
+        options: The model's attributes that decide the shapes, for the message.
+
+    Returns:
+        `(name, shape) -> array`. A TypeError tells that an entry is not floating, a ValueError that
+        it is of another shape.
+
+    Raises:
+        ValueError: If entries are missing or unknown; the message names them.
+    """
+    missing, unknown = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
+    if missing or unknown:
+        raise ValueError(
+            f"weights: missing {missing}, unknown {unknown}; expected the entries of {of}."
+        )
+
+    def entry(name: str, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        array = checks.floating(name, weights[name])
+        if array.shape != shape:
+            raise ValueError(
+                f"{name}: shape {array.shape}, expected {shape}; choose the model's {options} as "
+                "in the file."
+            )
+        return array
+
+    return entry
 
 
 def _read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
