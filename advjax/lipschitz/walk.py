@@ -63,9 +63,7 @@ def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequen
     if name == "scan":
         return _scan(params, inputs, context)
     if name == "cond" and not isinstance(inputs[0], Signal) and concrete(inputs[0]):
-        branches = params["branches"]
-        branch = branches[min(max(int(inputs[0]), 0), len(branches) - 1)]
-        return walk(branch, inputs[1:], context)
+        return walk(_branch(params, int(inputs[0])), inputs[1:], context)
     avals: list[Any] = [v.aval for v in eqn.outvars]
     op = Operation(
         name=function or name,
@@ -76,6 +74,14 @@ def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequen
         source=context.source,
     )
     return context.apply(op, avals, FUNCTION_RULES if function else RULES)
+
+
+def _branch(params: Any, index: int) -> core.ClosedJaxpr:
+    """Which branch of a condition that is known is taken."""
+    branches, platforms = params["branches"], params.get("branches_platforms")
+    if platforms is not None and platforms[-1] is None:
+        return branches[-1]  # what the others compute too, in ways made for a platform each
+    return branches[min(max(index, 0), len(branches) - 1)]
 
 
 def _constants(eqn: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any]:

@@ -1,7 +1,6 @@
 """The entry point: attack any number of images."""
 
 import contextlib
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +11,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from advjax import checks
 from advjax.attacks import AttackResult, Machine
 from advjax.progress import bar
 from advjax.runner.checkpoint import Checkpoint, fingerprint
 from advjax.runner.lanes import Program, attack_in_lanes, lane
+from advjax.runner.memory import default_batch_size
 
-_CPU_BYTES = 4 << 20  # of the lanes' states: about what stays in a core's cache
-_MEMORY_SHARE = 1 / 8  # of an accelerator's memory; the model's own activations need theirs
-_COPIES = 14  # of an image in a lane: the history of 4 pairs, and 6 more
-_BATCH_SIZES = (8, 512)  # the least and the most lanes by default
 _GATHER_BYTES = 64 << 20  # that processes exchange at a time
 
 
@@ -51,9 +47,9 @@ def attack_images(
             same shape does not compile again.
         xs: The images, in memory or a `np.memmap`; the devices see a batch at a time.
         targets: For each the class to reach (for `attacks.untargeted`: to leave).
-        batch_size: How many images each device has in work. By default as many as leave the
-            attack's state in a CPU's cache, or within an eighth of an accelerator's memory, between
-            8 and 512: take fewer where a large model's activations need the memory.
+        batch_size: How many images each device has in work, by default between 8 and 512: as many
+            as leave the attack's state in a CPU's cache; or, with all that the model's gradient
+            holds at a time, in half an accelerator's memory.
         mesh: The devices, all axes taken as one; by default all there are. Of several processes
             (`jax.distributed`) each calls this with the same arguments, attacks an equal share of
             the images on its own devices, and gets all the results.
@@ -76,10 +72,10 @@ def attack_images(
     xs, targets = _examples(xs, targets)
     devices = _local_devices(mesh)
     program = Program.of(attack)
-    lane_bytes, results = _shapes(program, xs)
+    state, results = _shapes(program, xs)
     share = np.arange(len(xs))[jax.process_index() :: jax.process_count()]
     if batch_size is None:
-        batch_size = _default_batch_size(lane_bytes, devices[0])
+        batch_size = default_batch_size(program, state, xs[:1], devices[0])
     batch_size = checks.positive_int("batch_size", batch_size)
     batch_size = max(1, min(batch_size, -(-len(share) // len(devices))))
 
@@ -132,23 +128,12 @@ def _local_devices(mesh: Mesh | None) -> list[jax.Device]:
     return local
 
 
-def _shapes(program: Program, xs: np.ndarray) -> tuple[int, AttackResult]:
-    """The bytes of one lane's state, and the results of all images, yet 0."""
+def _shapes(program: Program, xs: np.ndarray) -> tuple[PyTree, AttackResult]:
+    """The shapes of one lane's state, and the results of all images, yet 0."""
     example = jax.ShapeDtypeStruct(xs.shape[1:], jax.dtypes.canonicalize_dtype(xs.dtype))
     target = jax.ShapeDtypeStruct((), np.int32)
     state, result = lane.eval_shape(program.static, program.arrays, example, target)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    # What a function that is no flat machine needs is not to be seen: assume as much as they do.
-    size = max(size, _COPIES * math.prod(xs.shape[1:]) * example.dtype.itemsize)
-    return size, jax.tree.map(lambda leaf: np.zeros((len(xs), *leaf.shape), leaf.dtype), result)
-
-
-def _default_batch_size(lane_bytes: int, device: jax.Device) -> int:
-    budget = _CPU_BYTES
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
-        budget = int(_MEMORY_SHARE * stats.get("bytes_limit", 8 << 30))
-    return int(np.clip(budget // lane_bytes, *_BATCH_SIZES))
+    return state, jax.tree.map(lambda leaf: np.zeros((len(xs), *leaf.shape), leaf.dtype), result)
 
 
 def _gather(results: AttackResult) -> AttackResult:

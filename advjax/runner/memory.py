@@ -1,0 +1,72 @@
+"""How many images a device has room for."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+from jaxtyping import Float, PyTree
+
+from advjax.runner.lanes import Program
+
+_CPU_BYTES = 4 << 20  # of the lanes' states: about what stays in a core's cache
+_MEMORY_SHARE = 1 / 2  # of an accelerator's memory
+_COPIES = 14  # of an image in a lane: the history of 4 pairs, and 6 more
+_BATCH_SIZES = (8, 512)  # the least and the most lanes by default
+
+
+def default_batch_size(
+    program: Program,
+    state: PyTree[jax.ShapeDtypeStruct],
+    x: Float[np.ndarray, "1 *shape"],
+    device: jax.Device,
+) -> int:
+    """The number of lanes on a device: for a CPU's cache, or for an accelerator's memory.
+
+    Args:
+        program: The attack.
+        state: The shapes of one lane's state.
+        x: An image.
+        device: One of those that it will run on.
+    """
+    # What a function that is no flat machine needs is not to be seen: assume as much as they do.
+    lane_bytes = max(_bytes(jax.tree.leaves(state)), _COPIES * x.nbytes)
+    budget = _CPU_BYTES
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        budget = int(_MEMORY_SHARE * stats.get("bytes_limit", 8 << 30))
+        lane_bytes += peak_bytes(jax.make_jaxpr(program.machine().step)(state).jaxpr)
+    return int(np.clip(budget // lane_bytes, *_BATCH_SIZES))
+
+
+def peak_bytes(jaxpr: core.Jaxpr) -> int:
+    """The most that a program holds at a time beside its arguments, if no operations are fused."""
+    last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn)}
+    kept = {*jaxpr.invars, *jaxpr.constvars, *filter(_is_variable, jaxpr.outvars)}
+    held = peak = 0
+    for i, eqn in enumerate(jaxpr.eqns):
+        held += _bytes(v.aval for v in eqn.outvars)
+        peak = max(peak, held + max(map(peak_bytes, _inner(eqn)), default=0))
+        held -= _bytes(v.aval for v in _variables(eqn) - kept if last_use[v] == i)
+    return peak
+
+
+def _variables(eqn: core.JaxprEqn) -> set[core.Var]:
+    return set(filter(_is_variable, [*eqn.invars, *eqn.outvars]))
+
+
+def _is_variable(atom: Any) -> bool:
+    return isinstance(atom, core.Var)  # and no literal
+
+
+def _inner(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The programs that an operation calls, of which it needs the memory of one at a time."""
+    for leaf in jax.tree.leaves(list(eqn.params.values())):
+        if isinstance(leaf, core.ClosedJaxpr | core.Jaxpr):
+            yield getattr(leaf, "jaxpr", leaf)
+
+
+def _bytes(shapes: Iterable[Any]) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes if hasattr(x, "dtype"))
