@@ -68,7 +68,7 @@ def main(
         quick: Fewer steps and digits, of the sample: seconds, for a trial.
     """
     if peers:
-        foolbox_peers.require()
+        foolbox_peers.require("foolbox", "numba")  # which foolbox does not declare
     train, test = results.load("mnist", source, quick=quick)
     victim = nets.load_or_train(
         net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array
 
 from advjax import attacks, data, losses, metrics, plots
-from experiments import imagenet, nets, paper, results
+from experiments import foolbox_peers, imagenet, nets, paper, results
 
 SHOWN = 6
 START_STEPS = 30
@@ -42,7 +42,7 @@ def main(
     images: Path | None = None,
     evals: int = 150,
     lbfgs_evals: int = 500,
-    peers: bool = False,
+    peers: bool = True,
     out: Path = Path("results"),
     quick: bool = False,
     reuse: bool = False,
@@ -59,9 +59,7 @@ def main(
         reuse: Whether to take the numbers in `out`, if they are of the same options.
     """
     if peers:
-        from experiments import foolbox_peers
-
-        foolbox_peers.require()
+        foolbox_peers.require("foolbox")
     net = imagenet.load_net()
     dataset, chosen = imagenet.load_photographs(net, images, count=2 if quick else None)
     evals, lbfgs_evals = (20, 20) if quick else (evals, lbfgs_evals)
@@ -94,7 +92,7 @@ def main(
             "indices": chosen.indices.tolist(),
             "photographs": len(dataset.labels),
             "overhead": _overhead(net, few, 3 if quick else 30),
-            "peers": _peers(net, few, 6 if quick else PEER_STEPS) if peers else [],
+            "peers": _peers(net, few, 12 if quick else PEER_STEPS) if peers else [],
         }
 
     content = results.measure(
@@ -105,8 +103,8 @@ def main(
             "dataset": results.PHOTOGRAPHS,
             "evals": evals,
             "lbfgs_evals": lbfgs_evals,
-            "peers": peers,
             "quick": quick,
+            **({} if peers else {"no_peers": True}),
         },
         splits=(dataset,),
         out=out,
@@ -159,9 +157,7 @@ def _overhead(net: nets.Net, chosen: nets.Victims, evals: int) -> float:
 
 def _peers(net: nets.Net, chosen: nets.Victims, steps: int) -> list[results.Row]:
     """What foolbox's attacks find, and ours with a third of the gradients of DDN."""
-    from experiments import foolbox_peers
-
-    third = max(2, steps // 3)
+    third = steps // 3
     start = attacks.decoupled(num_steps=min(START_STEPS, third // 2))
     ours = functools.partial(attacks.minimum_norm, rough=True, max_evals=third, start=start)
     found = nets.attack_victims(ours, net, chosen)

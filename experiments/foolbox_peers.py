@@ -6,6 +6,7 @@ their time goes.
 """
 
 import functools
+import importlib.util
 import time
 import warnings
 from collections.abc import Callable
@@ -20,15 +21,14 @@ from advjax.types import LogitsFn
 from experiments.peers import Outcome, Way
 
 
-def require() -> None:
-    """Ends the program, saying how to go on, where foolbox is not installed."""
-    try:
-        import foolbox  # noqa: F401
-        import numba  # noqa: F401  needed by Brendel-Bethge, and not declared by foolbox
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"--peers needs {error.name}, which is not here: pip install 'advjax[peers]'."
-        ) from None
+def require(*packages: str) -> None:
+    """Tells at once, and how to go on, where a package that the peers need is not installed."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(
+                f"the peers need {name}, which is not here: pip install 'advjax[peers]', or leave "
+                "them out with --no-peers"
+            )
 
 
 def ways(

