@@ -58,9 +58,9 @@ def main(
         quick: Two photographs, shrunk, and few evaluations: a minute, for a trial.
         reuse: Whether to take the numbers in `out`, if they are of the same options.
     """
+    net = imagenet.load_net()
     if peers:
         foolbox_peers.require("foolbox")
-    net = imagenet.load_net()
     dataset, chosen = imagenet.load_photographs(net, images, count=2 if quick else None)
     evals, lbfgs_evals = (20, 20) if quick else (evals, lbfgs_evals)
     if quick:

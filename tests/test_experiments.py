@@ -209,7 +209,7 @@ def test_benchmark_adds_the_fields_attacks(tmp_path):
 
 def test_without_foolbox_the_benchmark_says_what_to_install_before_it_starts(monkeypatch):
     monkeypatch.setitem(sys.modules, "foolbox", None)
-    with pytest.raises(SystemExit, match=r"foolbox.*pip install 'advjax\[peers\]'"):
+    with pytest.raises(ImportError, match=r"foolbox.*pip install 'advjax\[peers\]'"):
         benchmark.main(quick=True, peers=True)
 
 
