@@ -70,6 +70,7 @@ def main(
             "reached": {
                 name.partition("/")[0]: float(layer.constant)
                 for name, layer in zip(names, bound.layers, strict=True)
+                if name
             },
             "bound": float(bound.constant),
             "seconds": seconds,
@@ -163,7 +164,7 @@ The steepest slope found is {steepest:.4g}. The bound certifies photographs with
 
 def _steps(reached: dict[str, float]) -> dict[str, float]:
     """By how much each block multiplies the bound up to it, skip connections included."""
-    before = [1.0, *reached.values()]
+    before = [1.0, *reached.values()]  # the stem has the scale of the pixels with it
     return {
         name: constant / last
         for (name, constant), last in zip(reached.items(), before, strict=False)

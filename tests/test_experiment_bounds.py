@@ -20,7 +20,7 @@ def content(steepest=30.0):
     ]
     run = {
         "layers": layers,
-        "reached": {"": 2.0, "stem": 10.0, "block1": 70.0, "logits": 490.0},
+        "reached": {"stem": 10.0, "block1": 70.0, "logits": 490.0},
         "bound": 490.0,
         "seconds": 3.0,
         "steepest": steepest,
@@ -60,5 +60,5 @@ def test_the_quick_form_bounds_fifty_layers_from_both_sides(tmp_path):
     for layer in run["layers"]:
         assert 0 < layer["lanczos"] <= layer["bound"] < 2 * layer["lanczos"]
     reached = list(run["reached"].values())
-    assert all(last < constant for last, constant in itertools.pairwise(reached[:-3]))
+    assert all(last < constant for last, constant in itertools.pairwise(reached))
     assert run["steepest"] < run["bound"] < float("inf")
