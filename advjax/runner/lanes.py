@@ -163,6 +163,12 @@ def lane(
     return state, machine.result(state)
 
 
+@functools.partial(jax.jit, static_argnames="static")
+def step(static: Any, arrays: Sequence[Array | np.ndarray], state: PyTree[Array]) -> PyTree[Array]:
+    """One step of a lane; jitted, so that it is traced once for what it would hold in memory."""
+    return Program(static, arrays).machine().step(state)
+
+
 @functools.partial(jax.jit, static_argnames=("static", "mesh", "batch_size"))
 def _start(
     static: Any,

@@ -9,7 +9,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Float, PyTree
 
-from advjax.runner.lanes import Program
+from advjax.runner.lanes import Program, step
 
 _CPU_BYTES = 4 << 20  # of the lanes' states: about what stays in a core's cache
 _MEMORY_SHARE = 1 / 2  # of an accelerator's memory
@@ -37,7 +37,7 @@ def default_batch_size(
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         budget = int(_MEMORY_SHARE * stats.get("bytes_limit", 8 << 30))
-        lane_bytes += peak_bytes(jax.make_jaxpr(program.machine().step)(state).jaxpr)
+        lane_bytes += peak_bytes(step.trace(program.static, program.arrays, state).jaxpr.jaxpr)
     return int(np.clip(budget // lane_bytes, *_BATCH_SIZES))
 
 
