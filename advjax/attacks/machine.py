@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, metrics
 from advjax.attacks.attack import Attack
-from advjax.attacks.result import AttackResult, Status, admission, is_untried
 from advjax.attacks.ddn import Start
+from advjax.attacks.result import AttackResult, Status, admission, first_that_holds, is_untried
 from advjax.solvers import Solver, SolverState
 from advjax.solvers import Status as SolverStatus
 from advjax.types import Box, LogitsFn
@@ -213,24 +213,17 @@ class Search:
         leads_nowhere, is_zero = _vanishes(view, box)
         vanishing = jnp.where(first, leads_nowhere, state.vanishing)
         num_evals = solver_state.num_evals + self._num_evals_before
-        status = jnp.select(
-            [
-                first & (solver_state.status == SolverStatus.NONFINITE),
+        status = first_that_holds(
+            (first & (solver_state.status == SolverStatus.NONFINITE), Status.NONFINITE),
+            (
                 first & (view.reached | ((best.level > 0) & (self.confidence is None))),
-                first & is_zero,
-                changed & verdict.finished,
-                changed & verdict.exhausted,
-                num_evals >= self.max_evals,
-            ],
-            [
-                jnp.int32(Status.NONFINITE),
-                jnp.int32(Status.ALREADY_TARGET),
-                jnp.int32(Status.VANISHING_GRADIENT),
-                jnp.int32(Status.CONVERGED),
-                jnp.where(best.level > 0, Status.STALLED, Status.NOT_FOUND).astype(jnp.int32),
-                jnp.int32(Status.BUDGET),
-            ],
-            jnp.int32(Status.RUNNING),
+                Status.ALREADY_TARGET,
+            ),
+            (first & is_zero, Status.VANISHING_GRADIENT),
+            (changed & verdict.finished, Status.CONVERGED),
+            (changed & verdict.exhausted & (best.level > 0), Status.STALLED),
+            (changed & verdict.exhausted, Status.NOT_FOUND),
+            (num_evals >= self.max_evals, Status.BUDGET),
         )
         running = state.status == Status.RUNNING
         return state._replace(

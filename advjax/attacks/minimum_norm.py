@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from advjax import checks, losses
 from advjax.attacks.attack import Attack
-from advjax.attacks.machine import Search, Verdict, View
 from advjax.attacks.ddn import Start
+from advjax.attacks.machine import Search, Verdict, View
 from advjax.solvers import Solver, lbfgsb
 from advjax.types import Box, LogitsFn
 
@@ -201,7 +201,7 @@ class AugmentedLagrangian:
 def _constraints(
     params: _Multipliers, logits: Float[Array, " classes"], target: Int[Array, ""]
 ) -> Float[Array, " classes"]:
-    """What must not be positive: by how much each class exceeds the target, and the margin on top."""
+    """What must not be positive: each class's logit less the target's, plus the margin asked for."""
     others = jnp.arange(len(logits)) != target
     return jnp.where(others, logits - logits[target] + params.goal, -jnp.inf)
 

@@ -118,15 +118,10 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
         x, grad = choose((trial, grad), (state.x, state.grad))
         error = jnp.where(unevaluated & ~accepted, jnp.inf, projected_gradient_norm(x, grad, box))
 
-        status = jnp.select(
-            [
-                unevaluated & ~finite,
-                error <= tol,
-                (exhausted & (old.num_pairs == 0)) | (idle >= _MAX_IDLE),
-            ],
-            [jnp.int32(Status.NONFINITE), jnp.int32(Status.CONVERGED), jnp.int32(Status.STALLED)],
-            jnp.int32(Status.RUNNING),
-        )
+        stalled = (exhausted & (old.num_pairs == 0)) | (idle >= _MAX_IDLE)
+        status = jnp.where(stalled, jnp.int32(Status.STALLED), jnp.int32(Status.RUNNING))
+        status = jnp.where(error <= tol, Status.CONVERGED, status)
+        status = jnp.where(unevaluated & ~finite, Status.NONFINITE, status)
         # Without positive curvature no pair tells the next step's length, so that it grows.
         one = jnp.ones_like(slope)
         curved = unevaluated | (jnp.vdot(moved, change) > 0)
@@ -141,7 +136,7 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
             status=status,
             num_evals=state.num_evals + 1,
             memory=pairs._replace(
-                step_size=jnp.select([exhausted, accepted], [one, longer], shorter),
+                step_size=jnp.where(exhausted, one, jnp.where(accepted, longer, shorter)),
                 rejections=jnp.where(exhausted, 0, rejections),
                 idle=idle,
             ),
