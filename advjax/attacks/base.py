@@ -143,6 +143,8 @@ class Method(NamedTuple):
         first: `(params, view) -> Verdict`, after the evaluation of the clean image, under the
             objective of the initial parameters.
         solved: `(params, view) -> Verdict`, after each sub-problem.
+        first_step: The solver's first step, in multiples of the objective's gradient: the inverse
+            of the curvature to expect.
     """
 
     init: Callable[[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct], Any]
@@ -152,6 +154,7 @@ class Method(NamedTuple):
     weight: Callable[[Any, View], Float[Array, ""]]
     first: Callable[[Any, View], Verdict]
     solved: Callable[[Any, View], Verdict]
+    first_step: float
 
 
 class _Candidate(NamedTuple):
@@ -241,7 +244,9 @@ def machine(
             else start.find(lambda flat: logits_fn(_image(flat, x)), origin, target, allowed),
             target=target,
             params=params,
-            solver=solver.init(value_and_grad(params, origin, target, x), origin, allowed),
+            solver=solver.init(
+                value_and_grad(params, origin, target, x), origin, allowed, method.first_step
+            ),
             best=_Candidate(_image(nearest, x), jnp.int32(0), zero - jnp.inf, zero),
             status=status,
             spent=jnp.int32(0),
@@ -297,6 +302,7 @@ def machine(
                 num_evals=jnp.where(running, solver_state.num_evals, state.solver.num_evals),
                 value=jnp.where(changed, jnp.where(known, value, jnp.inf), solver_state.value),
                 grad=jnp.where(changed, jnp.where(known, grad, 0), solver_state.grad),
+                evaluated=jnp.where(changed, known, solver_state.evaluated),
             ),
             best=best,
             status=jnp.where(running, status, state.status),

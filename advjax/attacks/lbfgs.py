@@ -45,7 +45,7 @@ def lbfgs(
         losses.cross_entropy
     ),
     penalty: Callable[[Float[Array, "*shape"]], Float[Array, ""]] = losses.squared_l2,
-    solver: Solver = lbfgsb(tol=0),  # noqa: B008
+    solver: Solver = lbfgsb(),  # noqa: B008
     confidence: float | None = None,
     tol: float = 1e-2,
     rtol: float = 1e-3,
@@ -73,8 +73,7 @@ def lbfgs(
         loss: `(logits, target) -> scalar`, small where the target is predicted.
         penalty: `r -> scalar`, the paper's |r|: `losses.squared_l2` as later work reads it, or
             `losses.l2` as printed.
-        solver: The bounded minimiser of the sub-problems. Its own tolerance should not stop it
-            before theirs.
+        solver: The bounded minimiser of the sub-problems.
         confidence: The margin by which the target's logit must lead. By default a fifty-thousandth
             of the spread of the clean image's logits, which survives another batch size or
             precision.
@@ -123,7 +122,7 @@ def lbfgs_machine(
         losses.cross_entropy
     ),
     penalty: Callable[[Float[Array, "*shape"]], Float[Array, ""]] = losses.squared_l2,
-    solver: Solver = lbfgsb(tol=0),  # noqa: B008
+    solver: Solver = lbfgsb(),  # noqa: B008
     confidence: float | None = None,
     tol: float = 1e-2,
     rtol: float = 1e-3,
@@ -240,6 +239,7 @@ def lbfgs_machine(
         weight=lambda search, view: jnp.exp(search.log_c),
         first=first,
         solved=solved,
+        first_step=1.0,
     )
     return machine(
         method, logits_fn, box=box, solver=solver, confidence=confidence, max_evals=max_evals

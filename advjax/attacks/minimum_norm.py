@@ -36,7 +36,7 @@ def minimum_norm(
     target: Int[Array, ""] | int,
     *,
     box: Box | tuple = Box(),  # noqa: B008 an immutable default
-    solver: Solver = lbfgsb(tol=0, first_step=1 / (1 + _FIRST_PENALTY)),  # noqa: B008
+    solver: Solver = lbfgsb(),  # noqa: B008
     confidence: float | None = None,
     tol: float = 1e-2,
     max_evals: int = 500,
@@ -58,8 +58,7 @@ def minimum_norm(
             nevertheless.
         target: The class to reach.
         box: `(lower, upper)`, each broadcast to `x`; [0, 1] by default.
-        solver: The bounded minimiser of the sub-problems. Its own tolerance should not stop it
-            before theirs.
+        solver: The bounded minimiser of the sub-problems.
         confidence: The margin by which the target's logit must lead. By default a fifty-thousandth
             of the spread of the clean image's logits, which survives another batch size or
             precision.
@@ -106,7 +105,7 @@ def minimum_norm_machine(
     logits_fn: LogitsFn,
     *,
     box: Box | tuple = Box(),  # noqa: B008
-    solver: Solver = lbfgsb(tol=0, first_step=1 / (1 + _FIRST_PENALTY)),  # noqa: B008
+    solver: Solver = lbfgsb(),  # noqa: B008
     confidence: float | None = None,
     tol: float = 1e-2,
     max_evals: int = 500,
@@ -202,6 +201,7 @@ def minimum_norm_machine(
         weight=lambda params, view: jnp.sum(_estimates(params, view.logits, view.target)),
         first=first,
         solved=solved,
+        first_step=1 / (1 + _FIRST_PENALTY),
     )
     return machine(
         method,
