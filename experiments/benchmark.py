@@ -132,7 +132,7 @@ def our_ways(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
 
 def slow_ways(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
     """The paper's attack with the solvers of others."""
-    jaxopt = functools.partial(attacks.lbfgs, solver=solvers.jaxopt_lbfgsb(tol=0))
+    jaxopt = functools.partial(attacks.lbfgs, solver=solvers.jaxopt_lbfgsb())
     given = (jaxopt, net.logits_fn, xs, targets)
     return [
         Way("lbfgs, jaxopt", "jaxopt", lambda: batched(*given)),

@@ -86,6 +86,10 @@ class Formulation(Protocol):
     A frozen dataclass of options, compared by value.
     """
 
+    @property
+    def first_step(self) -> float:
+        """The solver's first step in multiples of the gradient: the inverse of the curvature."""
+
     def init(self, r: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct) -> Any:
         """Return the initial parameters, from shapes and dtypes."""
 
@@ -178,7 +182,7 @@ class Search:
             start=start,
             target=target,
             params=params,
-            solver=self.solver.init(objective, origin, box),
+            solver=self.solver.init(objective, origin, box, self.formulation.first_step),
             best=_Candidate(_image(nearest, x), jnp.int32(0), zero - jnp.inf, zero),
             status=status,
             vanishing=jnp.bool_(False),
@@ -351,6 +355,7 @@ class Search:
             num_evals=jnp.where(running, solver_state.num_evals, state.solver.num_evals),
             value=jnp.where(changed, jnp.where(known, value, jnp.inf), solver_state.value),
             grad=jnp.where(changed, jnp.where(known, grad, 0), solver_state.grad),
+            evaluated=jnp.where(changed, known, solver_state.evaluated),
         )
 
 

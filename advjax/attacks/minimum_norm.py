@@ -1,7 +1,7 @@
 """The paper's problem (1) itself, solved by an augmented Lagrangian."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def minimum_norm(
     logits_fn: LogitsFn,
     *,
     box: Box | tuple = Box(),  # noqa: B008 an immutable default
-    solver: Solver = lbfgsb(tol=0, first_step=1 / (1 + _FIRST_PENALTY)),  # noqa: B008
+    solver: Solver = lbfgsb(),  # noqa: B008
     confidence: float | None = None,
     tol: float = 1e-2,
     max_evals: int = 500,
@@ -114,6 +114,8 @@ class AugmentedLagrangian:
     goal: float
     tol: float
     first_tol: float
+
+    first_step: ClassVar[float] = 1 / (1 + _FIRST_PENALTY)
 
     def init(self, r: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct) -> _Multipliers:
         """Return multipliers of 0 and a penalty of 1."""
