@@ -1,16 +1,20 @@
 """Training against closed forms, SciPy, and the errors that the paper prints."""
 
+import functools
 import os
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from flax import nnx
 from scipy import optimize, special
 
-from advjax import losses, models, training
+from advjax import losses, metrics, models, training
 
 KEY = jax.random.key(0)
 
@@ -205,6 +209,205 @@ def test_progress_without_tqdm_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"advjax\[experiments\]"):
         training.fit(model.apply, params, images, labels, key=KEY, progress=True)
+
+
+# --- what is trained, and what is not ----------------------------------------------------------
+
+
+class Normalized(nn.Module):
+    """Batch normalization, dropout and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5, axis_name="batch")(x)
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(3, name="logits")(x)
+
+
+def normalized(mean=0.01):
+    _, _, images, labels = small_problem()
+    model = Normalized()
+    variables = model.init(KEY, images[0], train=False)
+    variables["batch_stats"] = jax.tree.map(lambda s: s + mean, variables["batch_stats"])
+    return model, variables, images, labels
+
+
+def assert_trees_equal(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+@pytest.mark.parametrize("optimizer", [None, optax.adamw(0.1, weight_decay=0.1), optax.lbfgs()])
+def test_the_running_statistics_of_batch_normalization_are_not_trained(optimizer):
+    model, variables, images, labels = normalized()
+    result = training.fit(
+        functools.partial(model.apply, train=False),
+        variables,
+        images,
+        labels,
+        key=KEY,
+        optimizer=optimizer,
+        epochs=3,
+    )
+    assert_trees_equal(result.params["batch_stats"], variables["batch_stats"])
+    moved = jax.tree.map(lambda a, b: np.any(a != b), result.params["params"], variables["params"])
+    assert all(jax.tree.leaves(moved))
+    assert result.losses[-1] < result.losses[0]
+
+
+def test_a_collection_that_is_not_trained_changes_nothing_else():
+    model, params, images, labels = small_problem()
+    cached = params | {"cache": {"index": jnp.arange(3), "table": jnp.ones((2, 2))}}
+    options = {"key": KEY, "epochs": 3, "penalty": training.weight_decay((0.1,))}
+    expected = training.fit(model.apply, params, images, labels, **options)
+    result = training.fit(model.apply, cached, images, labels, **options)
+    assert_trees_equal(result.params, expected.params | {"cache": cached["cache"]})
+    np.testing.assert_array_equal(result.losses, expected.losses)
+
+
+def test_integers_and_keys_among_parameters_stay_as_they_are():
+    images = np.eye(4, dtype=np.float32)
+    params = {"w": jnp.zeros(4), "places": jnp.arange(4)[::-1], "key": jax.random.key(7)}
+    result = training.fit(
+        lambda params, x: jnp.vdot(params["w"][params["places"]], x),
+        params,
+        images,
+        np.arange(4.0),
+        key=KEY,
+        loss=lambda output, label: (output - label) ** 2,
+        optimizer=optax.sgd(0.5),
+        epochs=50,
+    )
+    np.testing.assert_allclose(result.params["w"], [3, 2, 1, 0], atol=1e-3)
+    assert_trees_equal(result.params["places"], params["places"])
+    assert result.params["key"] == params["key"]
+
+
+def test_of_an_nnx_module_its_params_are_trained_and_its_statistics_are_not():
+    _, _, images, labels = small_problem()
+    rngs = nnx.Rngs(0)
+    norm = nnx.BatchNorm(6, use_running_average=True, rngs=rngs)
+    graph, state = nnx.split(nnx.Sequential(norm, nnx.Linear(6, 3, rngs=rngs)))
+    before = jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat))
+    result = training.fit(
+        lambda state, x: nnx.merge(graph, state)(x[None])[0], state, images, labels, key=KEY
+    )
+    after = jax.tree.leaves(nnx.filter_state(result.params, nnx.BatchStat))
+    assert_trees_equal(after, before)
+    assert len(before) == 2
+    assert result.losses[-1] < result.losses[0]
+
+
+def test_of_an_equinox_module_the_floating_arrays_are_trained():
+    _, _, images, labels = small_problem()
+    network = eqx.nn.MLP(6, 3, 5, 1, key=KEY)
+    params, static = eqx.partition(network, eqx.is_inexact_array)
+    result = training.fit(
+        lambda params, x: eqx.combine(params, static)(x), params, images, labels, key=KEY
+    )
+    assert result.losses[-1] < result.losses[0]
+
+
+def test_an_equinox_module_with_functions_among_its_leaves_is_told_how_to_split():
+    network = eqx.nn.MLP(6, 3, 5, 1, key=KEY)
+    _, _, images, labels = small_problem()
+    with pytest.raises(TypeError, match=r"params: custom_jvp at .activation.*eqx.partition"):
+        training.fit(lambda params, x: params(x), network, images, labels, key=KEY)
+
+
+def test_variables_without_anything_to_train_are_refused():
+    model, params, images, labels = small_problem()
+    with pytest.raises(ValueError, match="params: no leaf to train"):
+        training.fit(model.apply, {"params": {}, "cache": params}, images, labels, key=KEY)
+
+
+def train_normalized(key=KEY, **options):
+    model, variables, images, labels = normalized()
+
+    def apply(variables, x, key):
+        return model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
+
+    options = {"epochs": 1, "batch_size": len(images)} | options
+    return training.fit(
+        apply, variables, images, labels, key=key, stochastic=True, mutable=True, **options
+    )
+
+
+def test_running_statistics_are_updated_by_those_of_the_batch_on_request():
+    _, variables, images, _ = normalized()
+    result = train_normalized()
+    old, new = (v["batch_stats"]["BatchNorm_0"] for v in (variables, result.params))
+    np.testing.assert_allclose(new["mean"], (old["mean"] + images.mean(0)) / 2, rtol=1e-5)
+    np.testing.assert_allclose(new["var"], (old["var"] + images.var(0)) / 2, rtol=1e-5)
+
+
+def test_dropout_trains_by_keys_and_the_model_is_deterministic_after_it():
+    model, variables, images, labels = normalized()
+    result, again = (train_normalized(epochs=60, batch_size=20) for _ in range(2))
+    assert_trees_equal(result.params, again.params)
+    untrained, trained = (
+        functools.partial(model.apply, v, train=False) for v in (variables, result.params)
+    )
+    errors = [metrics.error_rate(logits_fn, images, labels) for logits_fn in (untrained, trained)]
+    assert errors[1] < errors[0] / 2
+    np.testing.assert_array_equal(trained(images[0]), trained(images[0]))
+
+
+def test_two_keys_drop_different_units():
+    # One batch of all images: without dropout the order of the images would change roundings alone.
+    one, other = (train_normalized(jax.random.key(seed)).losses for seed in (1, 2))
+    assert abs(one - other) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("updates", "error", "message"),
+    [
+        ({"params": {}}, ValueError, r"updates of \['params'\], expected .*\['batch_stats'\]"),
+        ({"intermediates": {}}, ValueError, r"updates of \['intermediates'\]"),
+        (jnp.zeros(()), ValueError, "updates of .*, expected some of the collections"),
+        (None, TypeError, "apply: returns a .*, expected a pair"),
+    ],
+)
+def test_updates_of_anything_but_collections_that_are_not_trained_are_refused(
+    updates, error, message
+):
+    model, variables, images, labels = normalized()
+
+    def apply(variables, x):
+        logits = model.apply(variables, x, train=False)
+        return logits if updates is None else (logits, updates)
+
+    with pytest.raises(error, match=message):
+        training.fit(apply, variables, images, labels, key=KEY, mutable=True)
+
+
+def test_pools_of_a_model_with_running_statistics_leave_them_alone():
+    model, variables, images, labels = normalized()
+    evaluate = functools.partial(model.apply, train=False)
+    pools = training.adversarial_pools(
+        images, labels, [training.Layer(lambda params, x: x, evaluate)], size=20, count=5
+    )
+    result = training.fit(
+        evaluate, variables, images, labels, key=KEY, auxiliary=pools, epochs=2, batch_size=20
+    )
+    assert_trees_equal(result.params["batch_stats"], variables["batch_stats"])
+    assert np.any(result.auxiliary[0].distortion > 0)
+
+
+def test_layer_norms_of_a_model_with_running_statistics_are_penalised_with_these_held_fixed():
+    model, variables, images, labels = normalized()
+    evaluate = functools.partial(model.apply, train=False)
+    statistics = {"batch_stats": variables["batch_stats"]}
+
+    def train(weight):
+        penalty = training.lipschitz_penalty(
+            weight, lambda params, x: evaluate({**params, **statistics}, x), images[0]
+        )
+        optimizer = optax.chain(penalty, optax.sgd(0.1))
+        params = training.fit(evaluate, variables, images, labels, key=KEY, optimizer=optimizer)
+        return np.linalg.norm(params.params["params"]["logits"]["kernel"], 2)
+
+    assert train(0.1) < 0.9 * train(0.0)
 
 
 def kernels_and_biases():

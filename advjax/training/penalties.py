@@ -8,6 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from advjax import losses
+from advjax.training import variables
 
 Penalty = Callable[[PyTree[Array]], Float[Array, ""]]
 """What `fit` adds to its loss: a scalar function of the parameters."""
@@ -27,8 +28,9 @@ def weight_decay(lambdas: ArrayLike | Sequence[ArrayLike]) -> Penalty:
             hidden1, hidden2, logits for `models.MLP()`.
 
     Returns:
-        A function of the parameters. Their arrays of two or more axes are the kernels; biases and
-        scales go free. It raises ValueError unless there is one lambda, or one for each kernel.
+        A function of the parameters. Of the arrays that `fit` trains, those of two or more axes are
+        the kernels; biases and scales go free. It raises ValueError unless there is one lambda, or
+        one for each kernel.
 
     Source: Szegedy et al. (2013), section 4.2.
     """
@@ -36,7 +38,7 @@ def weight_decay(lambdas: ArrayLike | Sequence[ArrayLike]) -> Penalty:
     def penalty(params: PyTree[Array]) -> Float[Array, ""]:
         kernels = {
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree.leaves_with_path(params)
+            for path, leaf in jax.tree.leaves_with_path(variables.split(params)[0])
             if jnp.ndim(leaf) >= 2
         }
         weights = jnp.asarray(lambdas)
