@@ -52,3 +52,35 @@ def l2(r: Float[ArrayLike, "..."]) -> Float[Array, ""]:
         `sqrt(sum(r**2))`, whose gradient at `r = 0`, where every attack starts, is 0 and not NaN.
     """
     return optax.safe_norm(jnp.ravel(r), 0.0)
+
+
+def l1(r: Float[ArrayLike, "..."]) -> Float[Array, ""]:
+    """The sum of the absolute values of a perturbation of any shape.
+
+    Args:
+        r: A perturbation, the whole of it (no batch axis).
+
+    Returns:
+        `sum(|r|)`, in the unit of `r`. Its gradient is the sign of each entry, and 0 where an entry
+        is 0.
+    """
+    return jnp.sum(_absolute(r))
+
+
+def linf(r: Float[ArrayLike, "..."]) -> Float[Array, ""]:
+    """The largest absolute value in a perturbation of any shape.
+
+    Args:
+        r: A perturbation, the whole of it (no batch axis).
+
+    Returns:
+        `max(|r|)`, in the unit of `r`. Its gradient is the sign of the largest entry, divided
+        equally where several are as large, and 0 at `r = 0`.
+    """
+    return jnp.max(_absolute(r), initial=0.0)
+
+
+def _absolute(r: Float[ArrayLike, "..."]) -> Float[Array, " entries"]:
+    """The absolute values, with a gradient of 0 at 0, where that of `jnp.abs` is 1."""
+    r = jnp.ravel(r)
+    return r * jnp.sign(r)
