@@ -94,17 +94,17 @@ def _from_sample(name: str, split: str) -> Dataset:
 
 def _from_tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
     try:
-        from advjax.data import idx_builder
+        from advjax.data import tfds_mnist
     except ImportError as error:
         raise ImportError(
             f'{name} is read with tensorflow-datasets: pip install "advjax[experiments]" ({error})'
         ) from error
 
     with absl_errors_only():
-        builder = idx_builder.prepared(name, tfds_folder(data_dir))
+        builder = tfds_mnist.prepared(name, tfds_folder(data_dir))
         images, labels = cache.arrays(
-            f"{name}-{split}-{builder.version}-{idx_builder.fingerprint(builder, split)}.npz",
-            lambda: idx_builder.read(builder, split),
+            f"{name}-{split}-{builder.version}-{tfds_mnist.fingerprint(builder, split)}.npz",
+            lambda: tfds_mnist.read(builder, split),
         )
     return _to_dataset(images, labels, "tfds")
 
