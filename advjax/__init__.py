@@ -4,6 +4,8 @@ An implementation of "Intriguing properties of neural networks" (Szegedy et al.,
 arXiv:1312.6199).
 """
 
+import importlib.metadata
+
 from advjax import (
     attacks,
     data,
@@ -20,9 +22,15 @@ from advjax import (
 )
 from advjax.types import Box, LogitsFn
 
+try:
+    __version__ = importlib.metadata.version("advjax")
+except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "unknown"
+
 __all__ = [
     "Box",
     "LogitsFn",
+    "__version__",
     "attacks",
     "data",
     "lipschitz",
