@@ -1,9 +1,13 @@
 """What is reported of an attack or a classifier."""
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
@@ -62,16 +66,20 @@ def error_rate(
     *,
     batch_size: int = 1000,
 ) -> float:
-    """The share of images that a classifier gets wrong.
+    """The fraction of images that a classifier gets wrong.
+
+    A second call with the same function, or with another model of the same shapes, does not compile
+    again. As under `jax.jit`, a function that is not a pytree is taken to be the same at each call.
 
     Args:
-        logits_fn: A classifier of one example.
+        logits_fn: A classifier of one example: any function, or a callable pytree whose arrays may
+            differ from call to call, such as `functools.partial(model.apply, params)`.
         images: The images, along the leading axis.
         labels: Their classes.
         batch_size: How many images to classify at once; it bounds the memory, not the result.
 
     Returns:
-        A share in [0, 1].
+        A fraction in [0, 1].
 
     Raises:
         ValueError: If there are no images, or not one label for each, or `batch_size` is not a
@@ -85,10 +93,56 @@ def error_rate(
             "at least one image."
         )
 
+    batch_size = min(checks.positive_int("batch_size", batch_size), n)
+    static, arrays = _split(logits_fn)
+    return float(_error_rate(static, arrays, images, labels, batch_size=batch_size))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="batch_size")
+def _error_rate(static, arrays, images, labels, *, batch_size):
     def wrong(example):
         image, label = example
-        return jnp.argmax(logits_fn(image)) != label
+        return jnp.argmax(static.join(arrays)(image)) != label
 
-    batch_size = min(checks.positive_int("batch_size", batch_size), n)
-    mistakes = jax.lax.map(wrong, (images, labels), batch_size=batch_size)
-    return float(jnp.mean(mistakes))
+    return jnp.mean(jax.lax.map(wrong, (images, labels), batch_size=batch_size))
+
+
+class _Static:
+    """A function without its arrays: equal to another one that calls the same code.
+
+    What cannot be hashed is told by its identity; as it is referred to here, its id is not reused.
+    """
+
+    def __init__(self, treedef: Any, leaves: list[Any]):
+        self.treedef, self.leaves = treedef, leaves
+        self.key = (_hashable(treedef), *map(_hashable, leaves))
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and self.key == other.key
+
+    def join(self, arrays: list[Array]) -> Callable[..., Any]:
+        arrays_left = iter(arrays)
+        leaves = [next(arrays_left) if leaf is None else leaf for leaf in self.leaves]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return type(value), id(value)
+    return type(value), value  # 1 and 1.0 are equal, but do not compute the same
+
+
+def _split(fn: Callable[..., Any]) -> tuple[_Static, list[Array]]:
+    """A function's static part, with None in place of its arrays, and the arrays."""
+    if type(fn) is functools.partial:
+        fn = jax.tree_util.Partial(fn.func, *fn.args, **fn.keywords)
+    leaves, treedef = jax.tree.flatten(fn)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    arrays = [leaf for leaf, is_one in zip(leaves, is_array, strict=True) if is_one]
+    rest = [None if is_one else leaf for leaf, is_one in zip(leaves, is_array, strict=True)]
+    return _Static(treedef, rest), arrays

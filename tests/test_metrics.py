@@ -1,5 +1,9 @@
 """The metrics against NumPy."""
 
+import dataclasses
+import functools
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,3 +79,94 @@ def test_the_error_rate_counts_every_image_whatever_the_batch_size(batch_size):
 def test_the_error_rate_asks_for_one_label_for_each_image(n, labels):
     with pytest.raises(ValueError, match=f"labels: .* for {n} images, expected one label for each"):
         metrics.error_rate(jnp.ravel, jnp.zeros((n, 2)), np.asarray(labels, np.int32))
+
+
+class Unhashable:
+    """A callable with an equality of its own, and so without a hash."""
+
+    __hash__ = None
+
+    def __init__(self, logits_fn):
+        self.logits_fn = logits_fn
+
+    def __eq__(self, other):
+        return True
+
+    def __call__(self, x):
+        return self.logits_fn(x)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Linear:
+    """A callable pytree."""
+
+    kernel: jax.Array
+
+    def __call__(self, x):
+        return linear(self.kernel, x)
+
+
+TRACES = []
+
+
+def linear(kernel, x):
+    TRACES.append(1)
+    return x @ kernel
+
+
+def by_keyword(x, *, kernel):
+    return linear(kernel, x)
+
+
+KINDS = {
+    "a partial": lambda kernel: functools.partial(linear, kernel),
+    "a partial of keywords": lambda kernel: functools.partial(by_keyword, kernel=kernel),
+    "a Partial": lambda kernel: jax.tree_util.Partial(linear, kernel),
+    "a callable pytree": Linear,
+    "an Equinox module": lambda kernel: eqx.nn.Lambda(functools.partial(linear, kernel)),
+    "a closure": lambda kernel: lambda x: linear(kernel, x),
+    "an unhashable callable": lambda kernel: Unhashable(functools.partial(linear, kernel)),
+}
+PYTREES = ("a partial", "a partial of keywords", "a Partial", "a callable pytree")
+
+
+def error_problem():
+    rng = np.random.default_rng(5)
+    kernels = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
+    images, labels = rng.normal(size=(30, 6)).astype(np.float32), rng.integers(4, size=30)
+    expected = [np.mean((images @ np.asarray(k)).argmax(1) != labels) for k in kernels]
+    assert expected[0] != expected[1]
+    return kernels, images, labels, expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_error_rate_of_a_function_does_not_trace_it_again(kind):
+    kernels, images, labels, expected = error_problem()
+    logits_fn = KINDS[kind](kernels[0])
+    assert metrics.error_rate(logits_fn, images, labels) == pytest.approx(expected[0])
+    TRACES.clear()
+    assert metrics.error_rate(logits_fn, images, labels) == pytest.approx(expected[0])
+    assert not TRACES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_error_rate_of_another_model_of_the_same_shapes_is_its_own(kind):
+    kernels, images, labels, expected = error_problem()
+    metrics.error_rate(KINDS[kind](kernels[0]), images, labels)
+    TRACES.clear()
+    assert metrics.error_rate(KINDS[kind](kernels[1]), images, labels) == pytest.approx(expected[1])
+    if kind in PYTREES:
+        assert not TRACES
+
+
+def test_the_error_rates_of_partials_of_equal_numbers_of_two_types_are_their_own():
+    kernels, images, labels, expected = error_problem()
+
+    def choose(number, x):
+        return x @ kernels[int(isinstance(number, float))]
+
+    rates = [
+        metrics.error_rate(functools.partial(choose, number), images, labels) for number in (1, 1.0)
+    ]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
