@@ -1,4 +1,4 @@
-"""What is reported of an attack or a classifier."""
+"""Measures of attacks and classifiers: distortion, margin, error rate."""
 
 import functools
 import math
@@ -9,50 +9,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, losses
 from advjax.types import LogitsFn
 
 
-def distortion(
-    x: Float[ArrayLike, "*shape"], x_adv: Float[ArrayLike, "*shape"]
-) -> Float[Array, ""]:
-    """The root mean square of a perturbation over the entries of one image.
+def distortion(x: ArrayLike, x_adv: ArrayLike) -> Float[Array, ""]:
+    """Compute the root mean square of a perturbation over the entries of one image.
 
     Args:
-        x: An image of any shape.
+        x: An image of any shape, floating.
         x_adv: The perturbed image, of the same shape and unit.
 
     Returns:
-        `sqrt(mean((x_adv - x)**2))`, in the unit of `x`; its gradient at `x_adv = x` is 0. For an
-        L2 distance multiply by `sqrt(x.size)`, 28 for MNIST.
+        `sqrt(mean((x_adv - x)**2))`, in the unit of `x`; its gradient at `x_adv = x` is 0. The L2
+        distance is `sqrt(x.size)` times as large: 28 times for MNIST.
 
     Raises:
         ValueError: If the shapes differ.
         TypeError: If an image is not floating: the difference of bytes would wrap around.
 
-    Source: Szegedy et al. (2013), section 4.2.
+    Reference: Szegedy et al. (2013), section 4.2.
     """
     x, x_adv = checks.floating("x", x), checks.floating("x_adv", x_adv)
     if x.shape != x_adv.shape:
-        raise ValueError(f"x_adv: shape {x_adv.shape}, expected {x.shape}, that of x.")
+        raise ValueError(f"x_adv: shape {x_adv.shape}, expected {x.shape}, the shape of x.")
     return losses.l2(x_adv - x) / math.sqrt(x.size)
 
 
-def margin(logits: Float[ArrayLike, " classes"], label: Int[ArrayLike, ""]) -> Float[Array, ""]:
-    """By how much one class leads all the others.
+def margin(logits: ArrayLike, label: ArrayLike) -> Float[Array, ""]:
+    """Compute the difference between the logit of a class and the largest other logit.
 
     Args:
-        logits: Logits of one example.
-        label: The class, in `[0, classes)`; it may be traced.
+        logits: Logits of one example, `(classes,)`.
+        label: The class, an integer in `[0, classes)`; it may be traced.
 
     Returns:
-        `logits[label]` less the largest other logit: positive when `label` is predicted, 0 on the
-        decision boundary.
+        `logits[label] - max(other logits)`: positive if `label` is predicted, 0 on the decision
+        boundary.
 
     Raises:
-        ValueError: If `logits` has a batch axis; `jax.vmap` the margin instead.
+        ValueError: If `logits` has a batch axis; use `jax.vmap` for a batch.
     """
     logits = checks.one_example(logits)
     others = jnp.where(jnp.arange(len(logits)) == label, -jnp.inf, logits)
@@ -60,37 +58,35 @@ def margin(logits: Float[ArrayLike, " classes"], label: Int[ArrayLike, ""]) -> F
 
 
 def error_rate(
-    logits_fn: LogitsFn,
-    images: Float[ArrayLike, " n *shape"],
-    labels: Int[ArrayLike, " n"],
-    *,
-    batch_size: int = 1000,
+    logits_fn: LogitsFn, images: ArrayLike, labels: ArrayLike, *, batch_size: int = 1000
 ) -> float:
-    """The fraction of images that a classifier gets wrong.
+    """Compute the fraction of images that a classifier gets wrong.
 
     A second call with the same function, or with another model of the same shapes, does not compile
-    again. As under `jax.jit`, a function that is not a pytree is taken to be the same at each call.
+    again. As with `jax.jit`, what a closure refers to is read when it is compiled: after training
+    an object in place, pass the object itself if it is a pytree, or a new closure.
 
     Args:
-        logits_fn: A classifier of one example: any function, or a callable pytree whose arrays may
-            differ from call to call, such as `functools.partial(model.apply, params)`.
-        images: The images, along the leading axis.
-        labels: Their classes.
-        batch_size: How many images to classify at once; it bounds the memory, not the result.
+        logits_fn: A classifier of one example: a function, or a callable pytree such as
+            `functools.partial(model.apply, params)`, whose arrays may differ from call to call.
+        images: The images, `(n, *shape)`.
+        labels: Their classes, `(n,)`.
+        batch_size: Number of images to classify at once. It limits the memory used and does not
+            change the result.
 
     Returns:
         A fraction in [0, 1].
 
     Raises:
-        ValueError: If there are no images, or not one label for each, or `batch_size` is not a
+        ValueError: If there are no images or not one label per image, or if `batch_size` is not a
             positive integer.
     """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     n = len(images)
     if n == 0 or labels.shape != (n,):
         raise ValueError(
-            f"labels: shape {labels.shape} for {n} images, expected one label for each of "
-            "at least one image."
+            f"labels: shape {labels.shape} for {n} images, expected one label per image, and at "
+            "least one image."
         )
 
     batch_size = min(checks.positive_int("batch_size", batch_size), n)
@@ -99,8 +95,15 @@ def error_rate(
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="batch_size")
-def _error_rate(static, arrays, images, labels, *, batch_size):
-    def wrong(example):
+def _error_rate(
+    static: "_Static",
+    arrays: list[Array],
+    images: Float[Array, "n *shape"],
+    labels: Int[Array, " n"],
+    *,
+    batch_size: int,
+) -> Float[Array, ""]:
+    def wrong(example: tuple[Array, Array]) -> Bool[Array, ""]:
         image, label = example
         return jnp.argmax(static.join(arrays)(image)) != label
 

@@ -43,7 +43,7 @@ def test_distortion_refuses_bytes_whose_difference_would_wrap_around():
 
 @pytest.mark.parametrize("shift", [-9, 0, 9])  # all negative, mixed, all positive
 @pytest.mark.parametrize("label", range(4))
-def test_margin_is_the_lead_over_the_best_other_class(label, shift):
+def test_margin_is_the_difference_to_the_largest_other_logit(label, shift):
     logits = np.random.default_rng(1).normal(shift, size=4).astype(np.float32)
     expected = logits[label] - np.delete(logits, label).max()
     np.testing.assert_allclose(metrics.margin(logits, label), expected, rtol=1e-6)
@@ -76,8 +76,8 @@ def test_the_error_rate_counts_every_image_whatever_the_batch_size(batch_size):
 
 
 @pytest.mark.parametrize(("n", "labels"), [(3, np.zeros(2)), (3, np.zeros((3, 10))), (0, [])])
-def test_the_error_rate_asks_for_one_label_for_each_image(n, labels):
-    with pytest.raises(ValueError, match=f"labels: .* for {n} images, expected one label for each"):
+def test_the_error_rate_needs_one_label_per_image(n, labels):
+    with pytest.raises(ValueError, match=f"labels: .* for {n} images, expected one label per image"):
         metrics.error_rate(jnp.ravel, jnp.zeros((n, 2)), np.asarray(labels, np.int32))
 
 
