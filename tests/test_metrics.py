@@ -77,7 +77,9 @@ def test_the_error_rate_counts_every_image_whatever_the_batch_size(batch_size):
 
 @pytest.mark.parametrize(("n", "labels"), [(3, np.zeros(2)), (3, np.zeros((3, 10))), (0, [])])
 def test_the_error_rate_needs_one_label_per_image(n, labels):
-    with pytest.raises(ValueError, match=f"labels: .* for {n} images, expected one label per image"):
+    with pytest.raises(
+        ValueError, match=f"labels: .* for {n} images, expected one label per image"
+    ):
         metrics.error_rate(jnp.ravel, jnp.zeros((n, 2)), np.asarray(labels, np.int32))
 
 

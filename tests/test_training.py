@@ -40,11 +40,11 @@ def test_a_full_batch_gradient_step_is_the_one_computed_by_hand():
     model, params, images, labels = small_problem()
     value, kernel_gradient, bias_gradient = penalised_loss_and_gradient(params, images, labels, 0.1)
     result = training.fit(
+        KEY,
         model.apply,
         params,
         images,
         labels,
-        key=KEY,
         penalty=training.weight_decay(0.1),
         optimizer=optax.sgd(0.5),
         epochs=1,
@@ -69,11 +69,11 @@ def test_full_batch_lbfgs_converges_to_the_minimum_that_scipy_finds():
 
     minimum = optimize.minimize(objective, np.zeros(21), jac=True, tol=1e-12).fun
     result = training.fit(
+        KEY,
         model.apply,
         params,
         images,
         labels,
-        key=KEY,
         penalty=training.weight_decay(0.01),
         optimizer=optax.lbfgs(),
         epochs=200,
@@ -88,11 +88,11 @@ def test_full_batch_lbfgs_converges_to_the_minimum_that_scipy_finds():
 def visits(n, batch_size, *, epochs=1, key=KEY):
     """How often each of n images was used: an image is a one-hot, and a step subtracts it."""
     result = training.fit(
+        key,
         jnp.vdot,
         jnp.zeros(n),
         np.eye(n, dtype=np.float32),
         np.zeros(n),
-        key=key,
         loss=lambda output, label: output,
         optimizer=optax.sgd(1.0),
         epochs=epochs,
@@ -130,7 +130,7 @@ def test_later_epochs_do_not_compile_again():
 
     counts = []
     for epochs in (1, 4):
-        training.fit(apply, params, images, labels, key=KEY, epochs=epochs)
+        training.fit(KEY, apply, params, images, labels, epochs=epochs)
         counts.append(len(traces))
         traces.clear()
     assert counts[0] == counts[1]
@@ -139,11 +139,11 @@ def test_later_epochs_do_not_compile_again():
 def test_another_loss_makes_an_autoencoder_of_it():
     images = np.random.default_rng(0).uniform(size=(40, 3)).astype(np.float32)
     result = training.fit(
+        KEY,
         jnp.multiply,
         jnp.zeros(3),
         images,
         images,
-        key=KEY,
         loss=lambda output, image: losses.squared_l2(output - image),
         optimizer=optax.sgd(0.5),
         batch_size=20,
@@ -155,7 +155,7 @@ def test_another_loss_makes_an_autoencoder_of_it():
 def test_training_ends_at_a_loss_that_is_not_finite_and_has_not_converged():
     model, params, images, labels = small_problem()
     diverging = optax.sgd(1e38)
-    result = training.fit(model.apply, params, images, labels, key=KEY, optimizer=diverging)
+    result = training.fit(KEY, model.apply, params, images, labels, optimizer=diverging)
     assert not np.isfinite(result.losses[-1])
     assert np.isfinite(result.losses[:-1]).all()
     assert not result.converged
@@ -166,11 +166,11 @@ def test_training_works_in_double_precision():
         model, params, images, labels = small_problem()
         params = jax.tree.map(lambda w: w.astype(jnp.float64), params)
         result = training.fit(
+            KEY,
             model.apply,
             params,
             images.astype(np.float64),
             labels,
-            key=KEY,
             penalty=training.weight_decay(1e-4),
         )
         assert {w.dtype for w in jax.tree.leaves(result.params)} == {jnp.dtype("float64")}
@@ -191,16 +191,16 @@ def test_training_works_in_double_precision():
 )
 def test_bad_input_is_refused_with_its_name_and_a_remedy(changes, error, message):
     model, params, images, labels = small_problem()
-    arguments = {"images": images, "labels": labels, "key": KEY} | changes
+    arguments = {"images": images, "labels": labels} | changes
     with pytest.raises(error, match=message):
-        training.fit(model.apply, params, **arguments)
+        training.fit(KEY, model.apply, params, **arguments)
 
 
 def test_progress_is_shown_on_request_alone(capsys):
     model, params, images, labels = small_problem()
-    training.fit(model.apply, params, images, labels, key=KEY, epochs=2)
+    training.fit(KEY, model.apply, params, images, labels, epochs=2)
     assert capsys.readouterr().err == ""
-    training.fit(model.apply, params, images, labels, key=KEY, epochs=2, progress=True)
+    training.fit(KEY, model.apply, params, images, labels, epochs=2, progress=True)
     assert "loss=" in capsys.readouterr().err
 
 
@@ -208,7 +208,7 @@ def test_progress_without_tqdm_says_what_to_install(monkeypatch):
     model, params, images, labels = small_problem()
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"advjax\[experiments\]"):
-        training.fit(model.apply, params, images, labels, key=KEY, progress=True)
+        training.fit(KEY, model.apply, params, images, labels, progress=True)
 
 
 # --- what is trained, and what is not ----------------------------------------------------------
@@ -241,11 +241,11 @@ def assert_trees_equal(tree, other):
 def test_the_running_statistics_of_batch_normalization_are_not_trained(optimizer):
     model, variables, images, labels = normalized()
     result = training.fit(
+        KEY,
         functools.partial(model.apply, train=False),
         variables,
         images,
         labels,
-        key=KEY,
         optimizer=optimizer,
         epochs=3,
     )
@@ -269,11 +269,11 @@ def test_integers_and_keys_among_parameters_stay_as_they_are():
     images = np.eye(4, dtype=np.float32)
     params = {"w": jnp.zeros(4), "places": jnp.arange(4)[::-1], "key": jax.random.key(7)}
     result = training.fit(
+        KEY,
         lambda params, x: jnp.vdot(params["w"][params["places"]], x),
         params,
         images,
         np.arange(4.0),
-        key=KEY,
         loss=lambda output, label: (output - label) ** 2,
         optimizer=optax.sgd(0.5),
         epochs=50,
@@ -290,7 +290,7 @@ def test_of_an_nnx_module_its_params_are_trained_and_its_statistics_are_not():
     graph, state = nnx.split(nnx.Sequential(norm, nnx.Linear(6, 3, rngs=rngs)))
     before = jax.tree.leaves(nnx.filter_state(state, nnx.BatchStat))
     result = training.fit(
-        lambda state, x: nnx.merge(graph, state)(x[None])[0], state, images, labels, key=KEY
+        KEY, lambda state, x: nnx.merge(graph, state)(x[None])[0], state, images, labels
     )
     after = jax.tree.leaves(nnx.filter_state(result.params, nnx.BatchStat))
     assert_trees_equal(after, before)
@@ -303,7 +303,7 @@ def test_of_an_equinox_module_the_floating_arrays_are_trained():
     network = eqx.nn.MLP(6, 3, 5, 1, key=KEY)
     params, static = eqx.partition(network, eqx.is_inexact_array)
     result = training.fit(
-        lambda params, x: eqx.combine(params, static)(x), params, images, labels, key=KEY
+        KEY, lambda params, x: eqx.combine(params, static)(x), params, images, labels
     )
     assert result.losses[-1] < result.losses[0]
 
@@ -312,13 +312,13 @@ def test_an_equinox_module_with_functions_among_its_leaves_is_told_how_to_split(
     network = eqx.nn.MLP(6, 3, 5, 1, key=KEY)
     _, _, images, labels = small_problem()
     with pytest.raises(TypeError, match=r"params: custom_jvp at .activation.*eqx.partition"):
-        training.fit(lambda params, x: params(x), network, images, labels, key=KEY)
+        training.fit(KEY, lambda params, x: params(x), network, images, labels)
 
 
 def test_variables_without_anything_to_train_are_refused():
     model, params, images, labels = small_problem()
     with pytest.raises(ValueError, match="params: no leaf to train"):
-        training.fit(model.apply, {"params": {}, "cache": params}, images, labels, key=KEY)
+        training.fit(KEY, model.apply, {"params": {}, "cache": params}, images, labels)
 
 
 def train_normalized(key=KEY, **options):
@@ -329,7 +329,7 @@ def train_normalized(key=KEY, **options):
 
     options = {"epochs": 1, "batch_size": len(images)} | options
     return training.fit(
-        apply, variables, images, labels, key=key, stochastic=True, mutable=True, **options
+        key, apply, variables, images, labels, stochastic=True, mutable=True, **options
     )
 
 
@@ -364,7 +364,7 @@ def test_two_keys_drop_different_units():
     [
         ({"params": {}}, ValueError, r"updates of \['params'\], expected .*\['batch_stats'\]"),
         ({"intermediates": {}}, ValueError, r"updates of \['intermediates'\]"),
-        (jnp.zeros(()), ValueError, "updates of .*, expected some of the collections"),
+        (jnp.zeros(()), ValueError, "updates of .*, expected collections among"),
         (None, TypeError, "apply: returns a .*, expected a pair"),
     ],
 )
@@ -378,7 +378,7 @@ def test_updates_of_anything_but_collections_that_are_not_trained_are_refused(
         return logits if updates is None else (logits, updates)
 
     with pytest.raises(error, match=message):
-        training.fit(apply, variables, images, labels, key=KEY, mutable=True)
+        training.fit(KEY, apply, variables, images, labels, mutable=True)
 
 
 def test_pools_of_a_model_with_running_statistics_leave_them_alone():
@@ -388,7 +388,7 @@ def test_pools_of_a_model_with_running_statistics_leave_them_alone():
         images, labels, [training.Layer(lambda params, x: x, evaluate)], size=20, count=5
     )
     result = training.fit(
-        evaluate, variables, images, labels, key=KEY, auxiliary=pools, epochs=2, batch_size=20
+        KEY, evaluate, variables, images, labels, auxiliary=pools, epochs=2, batch_size=20
     )
     assert_trees_equal(result.params["batch_stats"], variables["batch_stats"])
     assert np.any(result.auxiliary[0].distortion > 0)
@@ -404,7 +404,7 @@ def test_layer_norms_of_a_model_with_running_statistics_are_penalised_with_these
             weight, lambda params, x: evaluate({**params, **statistics}, x), images[0]
         )
         optimizer = optax.chain(penalty, optax.sgd(0.1))
-        params = training.fit(evaluate, variables, images, labels, key=KEY, optimizer=optimizer)
+        params = training.fit(KEY, evaluate, variables, images, labels, optimizer=optimizer)
         return np.linalg.norm(params.params["params"]["logits"]["kernel"], 2)
 
     assert train(0.1) < 0.9 * train(0.0)

@@ -1,4 +1,4 @@
-"""Which leaves of a model's variables are trained."""
+"""Separates the parameters of a model, which are trained, from its other variables."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,22 +11,22 @@ from jaxtyping import Array, PyTree
 
 
 def split(params: PyTree) -> tuple[PyTree, PyTree]:
-    """Split variables into the leaves that are trained and those that stay as they are.
+    """Split variables into the leaves that are trained and those that are not.
 
-    Trained are floating arrays that are parameters. Of the variables of a Flax Linen module,
-    `{"params": ..., "batch_stats": ...}`, these are in the collection "params"; of an NNX module
-    or state, in an `nnx.Param`; of any other pytree, all floating arrays.
+    The trained leaves are the floating arrays among the parameters. In the variables of a Flax
+    Linen module, `{"params": ..., "batch_stats": ...}`, the parameters are the collection "params";
+    in an NNX module or state, each `nnx.Param`; in any other pytree, all leaves.
 
     Args:
         params: The variables.
 
     Returns:
-        Two pytrees, `(trained, fixed)`, of the structure of `params`, each with None in the places
-        of the other.
+        Two pytrees `(trained, fixed)` like `params`, each with None in place of the leaves that are
+        in the other.
 
     Raises:
-        TypeError: If a leaf is no array.
-        ValueError: If there is nothing to train.
+        TypeError: If a leaf is not an array.
+        ValueError: If no leaf is trained.
     """
 
     def trained(path: tuple[Any, ...], node: Any) -> PyTree:
@@ -43,8 +43,8 @@ def split(params: PyTree) -> tuple[PyTree, PyTree]:
     )
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
-            "params: no leaf to train, expected at least one floating array; of Flax variables "
-            'pass all, {"params": ...} included.'
+            "params: no leaf to train, expected at least one floating array; of a Flax module pass "
+            'the variables, {"params": ..., ...}.'
         )
     return (
         jax.tree.map(lambda use, leaf: leaf if use else None, mask, params),
@@ -56,8 +56,8 @@ def join(trained: PyTree, fixed: PyTree) -> PyTree:
     """Undo `split`.
 
     Args:
-        trained: A pytree with None in the places of `fixed`.
-        fixed: A pytree with None in the places of `trained`.
+        trained: A pytree with None in place of the leaves that are in `fixed`.
+        fixed: A pytree with None in place of the leaves that are in `trained`.
 
     Returns:
         The pytree with all leaves.
@@ -68,17 +68,17 @@ def join(trained: PyTree, fixed: PyTree) -> PyTree:
 
 
 def replace(params: PyTree, updates: Any) -> PyTree:
-    """Replace collections of a Flax Linen module that are not trained by means over a batch.
+    """Replace collections that are not trained by the means of their updates over a batch.
 
     Args:
-        params: The variables.
-        updates: New collections by their names, with a leading batch axis.
+        params: The variables of a Flax Linen module.
+        updates: New values of collections by name, with a leading batch axis.
 
     Returns:
-        The variables, each new one in the dtype of the old.
+        The variables; updated ones keep their dtypes.
 
     Raises:
-        ValueError: If an update is of anything but a collection that is there and is not trained.
+        ValueError: If an update is not of a collection in `params` other than "params".
     """
     if isinstance(updates, Mapping) and not updates:
         return params
@@ -86,12 +86,12 @@ def replace(params: PyTree, updates: Any) -> PyTree:
     if not isinstance(updates, Mapping) or not set(updates) <= collections:
         names = sorted(updates) if isinstance(updates, Mapping) else type(updates).__name__
         raise ValueError(
-            f"apply: updates of {names}, expected some of the collections {sorted(collections)} of "
-            "params that are not trained; pass those alone as `mutable` to the module's apply."
+            f"apply: updates of {names}, expected collections among {sorted(collections)}, as "
+            '"params" are trained; name only these as mutable=[...] in model.apply.'
         )
 
     def mean(new: Array, old: Array) -> Array:
-        # Integers, such as a counter, are those of the first example: all examples have the same.
+        # An integer, such as a counter, is the same for all examples; a mean could round it.
         new = jnp.mean(new, axis=0) if jnp.issubdtype(new.dtype, jnp.inexact) else new[0]
         return new.astype(old.dtype)
 
