@@ -2,16 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from advjax import checks, losses
+from advjax.functions import Function
 from advjax.types import LogitsFn
 
 
@@ -57,29 +55,61 @@ def margin(logits: ArrayLike, label: ArrayLike) -> Float[Array, ""]:
     return logits[label] - jnp.max(others)
 
 
+def predictions(
+    logits_fn: LogitsFn, images: ArrayLike, *, batch_size: int = 1000
+) -> Int[Array, " n"]:
+    """Compute the class that a classifier predicts for each of many images.
+
+    It is compiled once for a function and shapes, and once for models that differ only in their
+    parameters.
+
+    Args:
+        logits_fn: A classifier of one example.
+        images: The images, `(n, *shape)`, at least one.
+        batch_size: Number of images to classify at once. It limits the memory used and does not
+            change the result.
+
+    Returns:
+        The index of the largest logit for each image.
+
+    Raises:
+        TypeError: If `logits_fn` is not callable or does not return floating logits.
+        ValueError: If there are no images, `logits_fn` does not return `(classes,)`, or
+            `batch_size` is not a positive integer.
+    """
+    images = jnp.asarray(images)
+    if not images.size:
+        raise ValueError(f"images: shape {images.shape}, expected at least one image.")
+    checks.logits(logits_fn, images[0])
+    batch_size = min(checks.positive_int("batch_size", batch_size), len(images))
+    return _predictions(Function(logits_fn).hoist(images[0]), images, batch_size=batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def _predictions(
+    logits_fn: Function, images: Shaped[Array, "n *shape"], *, batch_size: int
+) -> Int[Array, " n"]:
+    return jax.lax.map(lambda x: jnp.argmax(logits_fn(x)), images, batch_size=batch_size)
+
+
 def error_rate(
     logits_fn: LogitsFn, images: ArrayLike, labels: ArrayLike, *, batch_size: int = 1000
 ) -> float:
     """Compute the fraction of images that a classifier gets wrong.
 
-    A second call with the same function, or with another model of the same shapes, does not compile
-    again. As with `jax.jit`, what a closure refers to is read when it is compiled: after training
-    an object in place, pass the object itself if it is a pytree, or a new closure.
-
     Args:
-        logits_fn: A classifier of one example: a function, or a callable pytree such as
-            `functools.partial(model.apply, params)`, whose arrays may differ from call to call.
+        logits_fn: A classifier of one example.
         images: The images, `(n, *shape)`.
         labels: Their classes, `(n,)`.
-        batch_size: Number of images to classify at once. It limits the memory used and does not
-            change the result.
+        batch_size: Number of images to classify at once; see `predictions`.
 
     Returns:
         A fraction in [0, 1].
 
     Raises:
-        ValueError: If there are no images or not one label per image, or if `batch_size` is not a
-            positive integer.
+        TypeError: If `logits_fn` is not callable or does not return floating logits.
+        ValueError: If there are no images or not one label per image, or for the reasons of
+            `predictions`.
     """
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     n = len(images)
@@ -88,64 +118,4 @@ def error_rate(
             f"labels: shape {labels.shape} for {n} images, expected one label per image, and at "
             "least one image."
         )
-
-    batch_size = min(checks.positive_int("batch_size", batch_size), n)
-    static, arrays = _split(logits_fn)
-    return float(_error_rate(static, arrays, images, labels, batch_size=batch_size))
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="batch_size")
-def _error_rate(
-    static: "_Static",
-    arrays: list[Array],
-    images: Float[Array, "n *shape"],
-    labels: Int[Array, " n"],
-    *,
-    batch_size: int,
-) -> Float[Array, ""]:
-    def wrong(example: tuple[Array, Array]) -> Bool[Array, ""]:
-        image, label = example
-        return jnp.argmax(static.join(arrays)(image)) != label
-
-    return jnp.mean(jax.lax.map(wrong, (images, labels), batch_size=batch_size))
-
-
-class _Static:
-    """A function without its arrays: equal to another one that calls the same code.
-
-    What cannot be hashed is told by its identity; as it is referred to here, its id is not reused.
-    """
-
-    def __init__(self, treedef: Any, leaves: list[Any]):
-        self.treedef, self.leaves = treedef, leaves
-        self.key = (_hashable(treedef), *map(_hashable, leaves))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and self.key == other.key
-
-    def join(self, arrays: list[Array]) -> Callable[..., Any]:
-        arrays_left = iter(arrays)
-        leaves = [next(arrays_left) if leaf is None else leaf for leaf in self.leaves]
-        return jax.tree.unflatten(self.treedef, leaves)
-
-
-def _hashable(value: Any) -> Any:
-    try:
-        hash(value)
-    except TypeError:
-        return type(value), id(value)
-    return type(value), value  # 1 and 1.0 are equal, but do not compute the same
-
-
-def _split(fn: Callable[..., Any]) -> tuple[_Static, list[Array]]:
-    """A function's static part, with None in place of its arrays, and the arrays."""
-    if type(fn) is functools.partial:
-        fn = jax.tree_util.Partial(fn.func, *fn.args, **fn.keywords)
-    leaves, treedef = jax.tree.flatten(fn)
-    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
-    arrays = [leaf for leaf, is_one in zip(leaves, is_array, strict=True) if is_one]
-    rest = [None if is_one else leaf for leaf, is_one in zip(leaves, is_array, strict=True)]
-    return _Static(treedef, rest), arrays
+    return float(jnp.mean(predictions(logits_fn, images, batch_size=batch_size) != labels))

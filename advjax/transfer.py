@@ -92,13 +92,8 @@ def transfer_matrix(
     # Each network sees all rows in one pass, so that it is compiled once.
     n, image_shape = len(labels), rows[0].shape[1:]
     images = jnp.stack(list(named.values())).reshape(-1, *image_shape)
-    batch_size = min(checks.positive_int("batch_size", batch_size), len(images))
-
-    def predict(logits_fn: LogitsFn) -> Int[Array, " images"]:
-        checks.logits(logits_fn, images[0])
-        return jax.lax.map(lambda x: jnp.argmax(logits_fn(x)), images, batch_size=batch_size)
-
-    predictions = jnp.stack([predict(logits_fn) for logits_fn in logits_fns], axis=1)
+    columns = [metrics.predictions(f, images, batch_size=batch_size) for f in logits_fns]
+    predictions = jnp.stack(columns, axis=1)
     missed = predictions.reshape(-1, n, len(logits_fns)) != labels[None, :, None]
     counted = jnp.ones_like(missed[0]) if xs is None else ~missed[-1]
     wrong = jnp.sum(missed[: len(rows)] & counted[None], axis=1)
@@ -138,7 +133,7 @@ def magnify(
     x, x_adv = checks.floating("x", x), checks.floating("x_adv", x_adv)
     r = _difference(x, x_adv)
     length = metrics.distortion(jnp.zeros_like(r), r)
-    # The inner `where` avoids 0 / 0, whose gradient would be NaN even where it is not selected.
+    # Where the images are equal, 0 is divided by 1, so that the result is x and not NaN.
     scale = checks.nonnegative("rms", rms, r.dtype) / jnp.where(length > 0, length, 1)
     return _add(x, scale * r, box)
 

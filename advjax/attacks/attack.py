@@ -133,9 +133,7 @@ class Attack:
 
 @jax.jit
 def _run(attack: Attack, x: Float[Array, "*shape"], target: Int[Array, ""]) -> AttackResult:
-    end = jax.lax.while_loop(
-        lambda state: ~attack.done(state), attack.step, attack.init(x, target)
-    )
+    end = jax.lax.while_loop(lambda state: ~attack.done(state), attack.step, attack.init(x, target))
     return attack.result(end)
 
 
@@ -144,9 +142,7 @@ def _leaf(bound: Any) -> Any:
 
 
 @jax.jit
-def _looks_like_probabilities(
-    logits_fn: LogitsFn, x: Float[Array, "*shape"]
-) -> Bool[Array, ""]:
+def _looks_like_probabilities(logits_fn: LogitsFn, x: Float[Array, "*shape"]) -> Bool[Array, ""]:
     logits = logits_fn(x)
     return jnp.all(logits >= 0) & (jnp.abs(jnp.sum(logits) - 1) < 1e-2)
 
