@@ -1,7 +1,6 @@
 """Minimum-distortion adversarial examples in JAX, as pure functions.
 
-An implementation of "Intriguing properties of neural networks" (Szegedy et al., 2013,
-arXiv:1312.6199).
+Reference: Szegedy et al. (2013), "Intriguing properties of neural networks", arXiv:1312.6199.
 """
 
 import importlib.metadata
