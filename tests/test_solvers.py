@@ -101,11 +101,11 @@ def attacks():
     images, labels, _ = data.load("mnist", "train", source="embedded")
     model = models.MLP((40, 40, 10))
     params = training.fit(
+        jax.random.key(1),
         model.apply,
         model.init(jax.random.key(0), images[0]),
         images,
         labels,
-        key=jax.random.key(1),
         epochs=10,
     ).params
 
