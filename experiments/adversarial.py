@@ -32,9 +32,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree
 
 from advjax import attacks, data, metrics, training, transfer
-from experiments import nets, paper, results
+from experiments.common import measure as results
+from experiments.common import networks, paper
 
-RECIPE = nets.RECIPES["FC100-100-10"]
+RECIPE = networks.RECIPES["FC100-100-10"]
 HIDDEN = ("hidden1", "hidden2")
 DROPOUT = (0.2, 0.1, 0.1)
 """The shares of the image and of each hidden layer's output that are left out."""
@@ -100,7 +101,7 @@ def main(
     pools = {arm: make(layers, to_likeliest) for arm, layers in POOLS.items()}
 
     def measure(seed: int) -> results.Row:
-        chosen = nets.random_victims(jax.random.key(seed), test, images)
+        chosen = networks.random_victims(jax.random.key(seed), test, images)
         rows: dict[str, results.Row] = {}
         for arm in ARMS:
             how: dict[str, Any] = {}
@@ -115,8 +116,8 @@ def main(
             start = time.monotonic()
             fitted = fit(jax.random.key(seed), train, steps=300 if quick else None, **how)
             minutes = (time.monotonic() - start) / 60
-            net = nets.Net(arm, RECIPE.model, fitted.params)
-            result = nets.attack_victims(attacks.minimum_norm, net, chosen)
+            net = networks.Net(arm, RECIPE.model, fitted.params)
+            result = networks.attack_victims(attacks.minimum_norm, net, chosen)
             rows[arm] = {
                 "arm": arm,
                 "train_error": metrics.error_rate(net.logits_fn, *train[:2]),
@@ -150,9 +151,9 @@ def fit(
     decay: float = 1.0,
     **options: Any,
 ) -> training.FitResult:
-    """Trains as `nets.train` does with the same key, but for the options."""
+    """Trains as `networks.train` does with the same key, but for the options."""
     init_key, order_key = jax.random.split(key)
-    return nets.fit(
+    return networks.fit(
         RECIPE,
         apply,
         RECIPE.model.init(init_key, train.images[0]),

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from advjax import attacks, runner
-from experiments import nets, results
+from experiments.common import measure as results
+from experiments.common import networks
 
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
 
@@ -38,10 +39,10 @@ def main(
         quick: Fewer steps and digits, of the sample: seconds, for a trial.
     """
     train, test = results.load("mnist", source, quick=quick)
-    victim = nets.load_or_train(
+    victim = networks.load_or_train(
         net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
     )
-    chosen = nets.victims(victim, test, 64 if quick else images)
+    chosen = networks.victims(victim, test, 64 if quick else images)
 
     rows, files = [], {}
     for attack in ATTACKS:

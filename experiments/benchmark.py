@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from advjax import attacks, losses, metrics, runner, solvers
-from experiments import foolbox_peers, nets, results
-from experiments.peers import Outcome, Way, scipy_lbfgs
+from experiments.common import foolbox_peers, networks
+from experiments.common import measure as results
+from experiments.common.peers import Outcome, Way, scipy_lbfgs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,11 +71,11 @@ def main(
     if peers:
         foolbox_peers.require("foolbox", "numba")  # which foolbox does not declare
     train, test = results.load("mnist", source, quick=quick)
-    victim = nets.load_or_train(
+    victim = networks.load_or_train(
         net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
     )
     n, few = (8, 2) if quick else (images, min(50, images))
-    right = nets.victims(victim, test)
+    right = networks.victims(victim, test)
     xs, targets = right.images[:n], right.targets[:n]
 
     ways = [*our_ways(victim, xs, targets), *slow_ways(victim, xs[:few], targets[:few])]
@@ -121,7 +122,7 @@ def main(
 # --- the ways of attacking -------------------------------------------------------------------
 
 
-def our_ways(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
+def our_ways(net: networks.Net, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
     """Both of our attacks."""
     given = net.logits_fn, xs, targets
     return [
@@ -130,7 +131,7 @@ def our_ways(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
     ]
 
 
-def slow_ways(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
+def slow_ways(net: networks.Net, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
     """The paper's attack with the solvers of others."""
     jaxopt = functools.partial(attacks.lbfgs, solver=solvers.jaxopt_lbfgsb(tol=0))
     given = (jaxopt, net.logits_fn, xs, targets)
@@ -181,7 +182,7 @@ def one_by_one(
     return _outcome(jax.tree.map(lambda *leaves: np.stack(leaves), *found), seconds / len(xs))
 
 
-def scipy_loop(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> Outcome:
+def scipy_loop(net: networks.Net, xs: np.ndarray, targets: np.ndarray) -> Outcome:
     """SciPy's L-BFGS-B, one image after the other, in float64, where it needs fewest steps."""
     with jax.enable_x64(True):
         attack = scipy_lbfgs(_in_double(net))
@@ -202,7 +203,7 @@ def scipy_loop(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> Outcome:
 
 def compare(
     outcomes: Sequence[tuple[Way, Outcome]],
-    net: nets.Net,
+    net: networks.Net,
     xs: np.ndarray,
     targets: np.ndarray,
     *,
@@ -247,7 +248,7 @@ def compare(
 
 
 def verify(
-    net: nets.Net, xs: np.ndarray, targets: np.ndarray, x_adv: np.ndarray
+    net: networks.Net, xs: np.ndarray, targets: np.ndarray, x_adv: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether the net in float64 too gives the images their targets, and their distortions."""
     n = len(x_adv)
@@ -350,7 +351,7 @@ def vmapped(attack: Callable[..., attacks.AttackResult]) -> Callable[..., attack
     return jax.jit(lambda fn, xs, targets: jax.vmap(functools.partial(attack, fn))(xs, targets))
 
 
-def _in_double(net: nets.Net) -> jax.tree_util.Partial:
+def _in_double(net: networks.Net) -> jax.tree_util.Partial:
     double = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), net.params)
     return jax.tree_util.Partial(net.model.apply, double)
 

@@ -23,7 +23,10 @@ from advjax import lipschitz
 from advjax.lipschitz.bound import linear_layers
 from advjax.lipschitz.convolution import Convolution
 from advjax.lipschitz.norms import Dense
-from experiments import imagenet, nets, results, table5
+from experiments import table5
+from experiments.common import measure as results
+from experiments.common import networks
+from experiments.common import photographs as imagenet
 
 PARTS = ("expand", "depthwise", "project")
 """The layers of a block; the stem, the head and the logits are layers by themselves."""
@@ -92,7 +95,7 @@ def main(
     return content
 
 
-def _bound(net: nets.Net, like: jax.ShapeDtypeStruct) -> tuple[lipschitz.Bound, float]:
+def _bound(net: networks.Net, like: jax.ShapeDtypeStruct) -> tuple[lipschitz.Bound, float]:
     """The bound of a net in float64, and the seconds that it took, compilation included."""
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), net.params)

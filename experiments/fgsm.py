@@ -26,7 +26,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from advjax import attacks, metrics, transfer
 from advjax.types import LogitsFn
-from experiments import nets, paper, results
+from experiments.common import measure as results
+from experiments.common import networks, paper
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,9 +74,9 @@ def main(
     images, seeds = (64, 2) if quick else (images, seeds)
 
     def measure(seed: int) -> results.Row:
-        chosen = nets.random_victims(jax.random.key(seed), test, images)
+        chosen = networks.random_victims(jax.random.key(seed), test, images)
         trained = [
-            nets.load_or_train(
+            networks.load_or_train(
                 name,
                 train.images,
                 train.labels,
@@ -102,12 +103,12 @@ def main(
 
 
 def _attack(
-    net: nets.Net, others: Sequence[nets.Net], chosen: nets.Victims, key: Key[Array, ""]
+    net: networks.Net, others: Sequence[networks.Net], chosen: networks.Victims, key: Key[Array, ""]
 ) -> results.Row:
     """What one net makes of the steps and of the nearest images, and the others of both."""
     xs, labels = chosen.images, chosen.labels
     steps = {epsilon: _step(net.logits_fn, xs, labels, epsilon) for epsilon in EPSILONS}
-    nearest = nets.attack_every_class(attacks.lbfgs, net, chosen)
+    nearest = networks.attack_every_class(attacks.lbfgs, net, chosen)
     lengths = np.where(nearest.success, nearest.distortion, np.inf)
     unclipped = _step(net.logits_fn, xs, labels, PUBLISHED.epsilon, EVERYWHERE)
     return {
@@ -146,16 +147,16 @@ def _step(
     return jax.vmap(step)(xs, labels)
 
 
-def _confidence(net: nets.Net, result: attacks.AttackResult) -> float:
+def _confidence(net: networks.Net, result: attacks.AttackResult) -> float:
     """The mean probability of the class that a misled net gives."""
     probabilities = jax.nn.softmax(jax.vmap(net.logits_fn)(result.x_adv))
     return float(jnp.mean(jnp.max(probabilities, axis=1), where=result.success))
 
 
 def _transfer(
-    net: nets.Net,
-    others: Sequence[nets.Net],
-    chosen: nets.Victims,
+    net: networks.Net,
+    others: Sequence[networks.Net],
+    chosen: networks.Victims,
     nearest: attacks.AttackResult,
     steps: dict[float, attacks.AttackResult],
     key: Key[Array, ""],

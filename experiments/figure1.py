@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from advjax import data, metrics, plots, units
-from experiments import nets, results
+from experiments.common import measure as results
+from experiments.common import networks
 
 NET = "ConvNet"
 LAYER = "hidden1"
@@ -52,7 +53,7 @@ def main(
     seeds = 2 if quick else seeds
 
     def measure(seed: int) -> results.Row:
-        net = nets.load_or_train(
+        net = networks.load_or_train(
             NET,
             train.images,
             train.labels,
@@ -82,7 +83,7 @@ def main(
 
 
 def features(
-    net: nets.Net, layer: str, images: Float[np.ndarray, "n *shape"]
+    net: networks.Net, layer: str, images: Float[np.ndarray, "n *shape"]
 ) -> Float[Array, "n units"]:
     """What a layer of a net makes of images."""
 
@@ -97,7 +98,7 @@ def alive(phi: Float[Array, "n units"]) -> Bool[np.ndarray, " units"]:
     return np.asarray(jnp.sum(phi > jnp.min(phi, axis=0, keepdims=True), axis=0) >= TOP)
 
 
-def _rows(net: nets.Net, test: data.Dataset, key: Key[Array, ""]) -> results.Row:
+def _rows(net: networks.Net, test: data.Dataset, key: Key[Array, ""]) -> results.Row:
     """What is at the ends of units and of directions, and how much of it is of one class."""
     phi = features(net, LAYER, test.images)
     counted = np.flatnonzero(alive(phi))

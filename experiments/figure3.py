@@ -23,7 +23,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from advjax import data, plots, units
-from experiments import imagenet, nets, results
+from experiments.common import measure as results
+from experiments.common import networks
+from experiments.common import photographs as imagenet
 from experiments.figure1 import TOP, alive
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ def crops(
 
 
 def features(
-    net: nets.Net,
+    net: networks.Net,
     images: Float[np.ndarray, "photographs views height width 3"],
     layers: tuple[str, ...],
 ) -> dict[str, Float[Array, "photographs views units"]]:

@@ -31,7 +31,9 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from advjax import units
-from experiments import imagenet, nets, results
+from experiments.common import measure as results
+from experiments.common import networks
+from experiments.common import photographs as imagenet
 from experiments.figure1 import TOP, alive
 from experiments.figure3 import (
     LAYER,
@@ -125,7 +127,7 @@ def main(
     return content
 
 
-def _untrained(net: nets.Net) -> nets.Net:
+def _untrained(net: networks.Net) -> networks.Net:
     """The same net with parameters as it is initialised with."""
     image = jnp.zeros((32, 32, 3))
     return net._replace(params=jax.jit(net.model.init)(jax.random.key(0), image))

@@ -26,7 +26,9 @@ import numpy as np
 from jaxtyping import Array
 
 from advjax import attacks, data, losses, metrics, plots
-from experiments import foolbox_peers, imagenet, nets, paper, results
+from experiments.common import foolbox_peers, networks, paper
+from experiments.common import measure as results
+from experiments.common import photographs as imagenet
 
 SHOWN = 6
 START_STEPS = 30
@@ -73,7 +75,7 @@ def main(
     }
 
     def measure(seed: int) -> results.Row:
-        found = {name: nets.attack_victims(way, net, chosen) for name, way in ways.items()}
+        found = {name: networks.attack_victims(way, net, chosen) for name, way in ways.items()}
         imagenet.save(draw(chosen, found[STARTED].x_adv), out / "figure5.png", scale=1)
         rows = [
             {
@@ -86,7 +88,7 @@ def main(
             }
             for name, result in found.items()
         ]
-        few = nets.Victims(*(field[: 1 if quick else PEER_IMAGES] for field in chosen))
+        few = networks.Victims(*(field[: 1 if quick else PEER_IMAGES] for field in chosen))
         return {
             "rows": rows,
             "indices": chosen.indices.tolist(),
@@ -114,7 +116,7 @@ def main(
     return content
 
 
-def _ostriches(net: nets.Net, images: Any) -> list[bool]:
+def _ostriches(net: networks.Net, images: Any) -> list[bool]:
     """Which images are ostriches to the net, each predicted by itself."""
     return [int(_predict(net.logits_fn, jnp.asarray(x))) == imagenet.OSTRICH for x in images]
 
@@ -124,7 +126,7 @@ def _predict(logits_fn: jax.tree_util.Partial, image: Array) -> Array:
     return logits_fn(image).argmax()
 
 
-def _overhead(net: nets.Net, chosen: nets.Victims, evals: int) -> float:
+def _overhead(net: networks.Net, chosen: networks.Victims, evals: int) -> float:
     """The time of `minimum_norm`, a batch at once, over that of as many evaluations of the net."""
     xs, targets = jnp.asarray(chosen.images), jnp.asarray(chosen.targets)
 
@@ -155,12 +157,12 @@ def _overhead(net: nets.Net, chosen: nets.Victims, evals: int) -> float:
     return float(np.median([ours / net_alone for ours, net_alone in turns]))
 
 
-def _peers(net: nets.Net, chosen: nets.Victims, steps: int) -> list[results.Row]:
+def _peers(net: networks.Net, chosen: networks.Victims, steps: int) -> list[results.Row]:
     """What foolbox's attacks find, and ours with a third of the gradients of DDN."""
     third = steps // 3
     start = attacks.decoupled(num_steps=min(START_STEPS, third // 2))
     ours = functools.partial(attacks.minimum_norm, rough=True, max_evals=third, start=start)
-    found = nets.attack_victims(ours, net, chosen)
+    found = networks.attack_victims(ours, net, chosen)
     outcomes: dict[str, tuple[Any, Any, Any]] = {
         STARTED: (found.x_adv, found.success, found.num_evals)
     }
@@ -177,7 +179,7 @@ def _peers(net: nets.Net, chosen: nets.Victims, steps: int) -> list[results.Row]
     ]
 
 
-def draw(chosen: nets.Victims, x_adv: Any) -> Any:
+def draw(chosen: networks.Victims, x_adv: Any) -> Any:
     """Photographs, the differences ten times magnified, and the adversarial images."""
     names = data.imagenet_names()
     return plots.adversarial_grid(

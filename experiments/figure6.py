@@ -29,7 +29,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from advjax import attacks, data, plots, solvers, transfer
-from experiments import imagenet, nets, results
+from experiments.common import measure as results
+from experiments.common import networks
+from experiments.common import photographs as imagenet
 
 CARS = (436, 468, 511, 609, 627, 656, 661, 717, 751, 817)
 """ImageNet's classes of cars: beach wagon, taxi, convertible, jeep, limousine, minivan, Model T,
@@ -197,7 +199,7 @@ def leave_one_out(features: Float[Array, "n views features"], cars: Bool[Array, 
     return jax.vmap(functools.partial(fit, features, cars))(others)
 
 
-def _pooled(net: nets.Net) -> jax.tree_util.Partial:
+def _pooled(net: networks.Net) -> jax.tree_util.Partial:
     """The features of one image, a pytree as `Net.logits_fn` is."""
     return jax.tree_util.Partial(functools.partial(_pooled_of, net.model), net.params)
 
@@ -206,17 +208,17 @@ def _pooled_of(model: Any, params: Any, image: Float[Array, "height width 3"]) -
     return model.apply(params, image, method="layers")["pooled"]
 
 
-def _features(net: nets.Net, images: Any) -> Float[Array, "n features"]:
+def _features(net: networks.Net, images: Any) -> Float[Array, "n features"]:
     return jax.jit(jax.lax.map)(_pooled(net), images)
 
 
-def _leads(net: nets.Net, detectors: Detector, images: Any) -> Float[Array, " n"]:
+def _leads(net: networks.Net, detectors: Detector, images: Any) -> Float[Array, " n"]:
     """Each photograph's logit of a car, by its own detector."""
     return jax.vmap(Detector.lead)(detectors, _features(net, images))
 
 
 def _attack(
-    net: nets.Net,
+    net: networks.Net,
     detectors: Detector,
     images: Float[np.ndarray, "n height width 3"],
     targets: Int[np.ndarray, " n"],

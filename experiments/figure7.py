@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from advjax import attacks, metrics, plots
-from experiments import nets, paper, results
+from experiments.common import measure as results
+from experiments.common import networks, paper
 
 NETS = tuple(paper.TABLE1)
 PANELS = {"FC10(1e-4)": "a", "FC200-200-10": "b"}
@@ -53,14 +54,14 @@ def main(
 
     def measure(seed: int) -> results.Row:
         key = jax.random.key(seed)
-        chosen = nets.random_victims(key, test, images)
+        chosen = networks.random_victims(key, test, images)
         noise = jax.random.normal(jax.random.fold_in(key, 4), test.images.shape)
         noisy = test.images + NOISE * np.asarray(noise)
         shown = {"test": test.images, "noisy": noisy, "noisy_cut": noisy.clip(0, 1)}
         rows: list[results.Row] = []
         panels = []
         for name in PANELS if quick else NETS:
-            net = nets.load_or_train(
+            net = networks.load_or_train(
                 name, train.images, train.labels, key=key, steps=300 if quick else None
             )
             row: results.Row = {
@@ -68,7 +69,7 @@ def main(
                 "right": {kind: _right(net, xs, test.labels) for kind, xs in shown.items()},
             }
             if name in PANELS:
-                result = nets.attack_victims(attacks.lbfgs, net, chosen)
+                result = networks.attack_victims(attacks.lbfgs, net, chosen)
                 row["adversarial"] = {
                     "right": _right(net, result.x_adv, chosen.labels),
                     "distortion": float(result.distortion.mean()),
@@ -96,7 +97,7 @@ def main(
 
 
 def _right(
-    net: nets.Net, xs: Float[Array | np.ndarray, "n *shape"], labels: Int[np.ndarray, " n"]
+    net: networks.Net, xs: Float[Array | np.ndarray, "n *shape"], labels: Int[np.ndarray, " n"]
 ) -> int:
     """How many images a net gets right."""
     return round(len(labels) * (1 - metrics.error_rate(net.logits_fn, xs, labels)))

@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from advjax import attacks, data, lipschitz, metrics, training
-from experiments import nets, results
+from experiments.common import measure as results
+from experiments.common import networks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,8 +95,8 @@ def main(
 
     def measure(seed: int) -> results.Row:
         key = jax.random.key(seed)
-        chosen = nets.random_victims(key, test, images)
-        net = nets.load_or_train(
+        chosen = networks.random_victims(key, test, images)
+        net = networks.load_or_train(
             NET, train.images, train.labels, key=key, steps=100 if quick else None
         )
         sandwich, radii, distances = _sandwich(net, chosen)
@@ -105,7 +106,7 @@ def main(
             _train_and_measure(name, decay, strength, sweep.steps, key, train, test, few)
             for name, sweep in sweeps.items()
             if name == NET or seed == 0
-            for few in [nets.Victims(*(field[: sweep.images] for field in chosen))]
+            for few in [networks.Victims(*(field[: sweep.images] for field in chosen))]
             for decay, strengths in ((False, sweep.alone), (True, sweep.decayed))
             for strength in strengths
         ]
@@ -128,7 +129,7 @@ def main(
 
 
 def _sandwich(
-    net: nets.Net, chosen: nets.Victims
+    net: networks.Net, chosen: networks.Victims
 ) -> tuple[results.Row, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What is certified and found, in numbers and for each image that the net gets right."""
     logits_fn, images, labels = net.logits_fn, jnp.asarray(chosen.images), chosen.labels
@@ -188,9 +189,9 @@ def _local_radii(
     return jax.lax.map(lambda each: radius(*each), (images, labels, within), batch_size=100)
 
 
-def _distances(attack: Any, net: nets.Net, chosen: nets.Victims) -> Float[np.ndarray, " n"]:
+def _distances(attack: Any, net: networks.Net, chosen: networks.Victims) -> Float[np.ndarray, " n"]:
     """In L2, that of the nearest image of any other class that an attack finds."""
-    found = nets.attack_every_class(attack, net, chosen)
+    found = networks.attack_every_class(attack, net, chosen)
     l2 = found.distortion * math.sqrt(math.prod(chosen.images.shape[1:]))
     return np.where(found.success, l2, np.inf)
 
@@ -251,7 +252,7 @@ def _train_and_measure(
     key: Key[Array, ""],
     train: data.Dataset,
     test: data.Dataset,
-    chosen: nets.Victims,
+    chosen: networks.Victims,
 ) -> results.Row:
     print(f"{name}, {_regularizer(decay, strength)}: training", flush=True)
     net = _train(name, decay, strength, steps, key, train)
@@ -282,12 +283,12 @@ def _train(
     steps: int,
     key: Key[Array, ""],
     train: data.Dataset,
-) -> nets.Net:
+) -> networks.Net:
     """A net trained by its recipe, but for what its parameters are held back with."""
-    recipe = nets.RECIPES[name]
+    recipe = networks.RECIPES[name]
     apply = recipe.model.apply
     init_key, order_key = jax.random.split(key)
-    fitted = nets.fit(
+    fitted = networks.fit(
         recipe,
         apply,
         recipe.model.init(init_key, train.images[0]),
@@ -298,7 +299,7 @@ def _train(
         before=training.lipschitz_penalty(strength, apply, train.images[0]) if strength else None,
         penalty=training.weight_decay(recipe.weight_decay) if decay else None,
     )
-    return nets.Net(name, recipe.model, fitted.params)
+    return networks.Net(name, recipe.model, fitted.params)
 
 
 # --- words -----------------------------------------------------------------------------------

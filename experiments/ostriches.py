@@ -27,7 +27,9 @@ import scipy.stats
 from jaxtyping import Array, Bool, Float, PyTree
 
 from advjax import attacks, metrics, models, transfer
-from experiments import imagenet, nets, results
+from experiments.common import measure as results
+from experiments.common import networks
+from experiments.common import photographs as imagenet
 
 SIZES = (192, 160)  # pixels
 RMS = (0.005, 0.01, 0.02)
@@ -70,7 +72,7 @@ def main(
     def measure(seed: int) -> results.Row:
         rows = []
         for i, (name, one) in enumerate(columns.items()):
-            found = nets.attack_victims(attack, one, chosen)
+            found = networks.attack_victims(attack, one, chosen)
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), len(found.x_adv))
             for rms in (None, *RMS):
                 asked = found.distortion if rms is None else jnp.full(len(keys), rms)
@@ -137,20 +139,22 @@ class Normalized(NamedTuple):
         return self.model.apply(params, (image - mean) / deviation)
 
 
-def _nets(net: nets.Net, sizes: tuple[int, ...], weights: Path | None) -> Iterator[nets.Net]:
+def _nets(
+    net: networks.Net, sizes: tuple[int, ...], weights: Path | None
+) -> Iterator[networks.Net]:
     yield net._replace(name="224 px")
     for size in sizes:
-        yield nets.Net(f"{size} px", Resized(net.model, size), net.params)
+        yield networks.Net(f"{size} px", Resized(net.model, size), net.params)
     if weights is not None:
         model = models.AlexNet()
         params = models.alexnet_from_torch(model, models.load_torch_weights(weights))
-        yield nets.Net(ALEXNET, Normalized(model), params)
+        yield networks.Net(ALEXNET, Normalized(model), params)
 
 
 # --- measuring -------------------------------------------------------------------------------
 
 
-def _magnify(chosen: nets.Victims, found: attacks.AttackResult, rms: Array) -> Array:
+def _magnify(chosen: networks.Victims, found: attacks.AttackResult, rms: Array) -> Array:
     def one(x: Array, x_adv: Array, rms: Array) -> Array:
         return transfer.magnify(x, x_adv, rms, box=(0, 1))
 
@@ -164,7 +168,7 @@ def _noise(keys: Array, images: Any, rms: Any) -> Array:
     return jax.vmap(one)(keys, jnp.asarray(images), jnp.asarray(rms))
 
 
-def _predictions(columns: dict[str, nets.Net], xs: Any) -> list[list[int]]:
+def _predictions(columns: dict[str, networks.Net], xs: Any) -> list[list[int]]:
     """The class that each net gives each image."""
     return [np.asarray(imagenet.predict(net.logits_fn, xs)).tolist() for net in columns.values()]
 

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from advjax import attacks, metrics, models, plots, runner
-from experiments import nets, results
+from experiments.common import measure as results
+from experiments.common import networks
 
 NET = "FC100-100-10"
 ATTACKS = (attacks.lbfgs, attacks.minimum_norm)
@@ -38,7 +39,7 @@ def main(
     """
     train, test = results.load("mnist", source, quick=quick)
     net_key, noise_key = jax.random.split(jax.random.key(seed))
-    net = nets.load_or_train(
+    net = networks.load_or_train(
         NET, train.images, train.labels, key=net_key, steps=500 if quick else None
     )
     logits_fn = net.logits_fn
@@ -50,7 +51,7 @@ def main(
         flush=True,
     )
 
-    chosen = nets.victims(net, test, 32 if quick else 100)
+    chosen = networks.victims(net, test, 32 if quick else 100)
     images, labels, targets = chosen.images, chosen.labels, chosen.targets
 
     rows, found = [], {}

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from advjax import files
-from experiments import results
+from experiments.common import measure as results
 
 SECTIONS = (
     "table1",

@@ -31,7 +31,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from advjax import data, units
-from experiments import nets, results
+from experiments.common import measure as results
+from experiments.common import networks
 from experiments.figure1 import TOP, alive, features
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def main(
         )
         cases: dict[tuple[str, str, str], tuple[Array, Array | None]] = {}
         for name in LAYERS if seed < convnet_seeds else ("FC100-100-10",):
-            net = nets.load_or_train(
+            net = networks.load_or_train(
                 name,
                 train.images,
                 train.labels,
@@ -126,7 +127,7 @@ def main(
 
 
 def _of_net(
-    net: nets.Net, test: data.Dataset, key: Key[Array, ""]
+    net: networks.Net, test: data.Dataset, key: Key[Array, ""]
 ) -> dict[tuple[str, str, str], tuple[Array, Array | None]]:
     """The features of its last hidden layer, and the basis to rotate; None is that of the units."""
     untrained = net._replace(params=net.model.init(key, test.images[0]))

@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from advjax import attacks, metrics
-from experiments import nets, paper, results
+from experiments.common import measure as results
+from experiments.common import networks, paper
 
 NETS = tuple(paper.TABLE1)
 ATTACKS = (attacks.lbfgs, attacks.minimum_norm)
@@ -54,10 +55,10 @@ def main(
     images, seeds = (32, 2) if quick else (images, seeds)
 
     def measure(seed: int) -> results.Row:
-        chosen = nets.random_victims(jax.random.key(seed), test, images)
+        chosen = networks.random_victims(jax.random.key(seed), test, images)
         rows = []
         for name in NETS[:4:3] if quick else NETS:
-            net = nets.load_or_train(
+            net = networks.load_or_train(
                 name,
                 train.images,
                 train.labels,
@@ -85,10 +86,12 @@ def main(
     return content
 
 
-def _attack(attack: Any, net: nets.Net, chosen: nets.Victims) -> results.Row:
-    result = nets.attack_victims(attack, net, chosen)
+def _attack(attack: Any, net: networks.Net, chosen: networks.Victims) -> results.Row:
+    result = networks.attack_victims(attack, net, chosen)
     few = slice(results.PAPER_IMAGES)
-    nearest = nets.attack_every_class(attack, net, nets.Victims(*(field[few] for field in chosen)))
+    nearest = networks.attack_every_class(
+        attack, net, networks.Victims(*(field[few] for field in chosen))
+    )
     return {
         "distortion": float(result.distortion.mean()),
         "distortion_256": float(result.distortion[few].mean()),

@@ -13,7 +13,8 @@ from typing import Any
 
 import jax
 
-from experiments import nets, paper, results, transfers
+from experiments.common import measure as results
+from experiments.common import networks, paper, transfers
 from experiments.table1 import ATTACKS, NETS
 
 STDDEVS = (0.1, 0.3)
@@ -46,9 +47,9 @@ def main(
 
     def measure(seed: int) -> results.Row:
         key = jax.random.key(seed)
-        chosen = nets.random_victims(jax.random.fold_in(key, 2), train, images)
+        chosen = networks.random_victims(jax.random.fold_in(key, 2), train, images)
         trained = {
-            name: nets.load_or_train(
+            name: networks.load_or_train(
                 name, train.images, train.labels, key=key, steps=300 if quick else None
             )
             for name in (NETS[:4:3] if quick else NETS)

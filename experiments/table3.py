@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from advjax import data, metrics
-from experiments import nets, paper, results
+from experiments.common import measure as results
+from experiments.common import networks, paper
 from experiments.table1 import ATTACKS
 
 NETS = tuple(paper.TABLE3)
@@ -47,7 +48,7 @@ def main(
     images, seeds = (32, 2) if quick else (images, seeds)
 
     def measure(seed: int) -> results.Row:
-        chosen = nets.random_victims(jax.random.key(seed), test, images)
+        chosen = networks.random_victims(jax.random.key(seed), test, images)
         halves = divide(seed, train)
         rows = []
         for name, net in train_on_halves(seed, halves, quick=quick).items():
@@ -84,14 +85,14 @@ def divide(seed: int, train: data.Dataset) -> tuple[data.Dataset, data.Dataset]:
 
 def train_on_halves(
     seed: int, halves: tuple[data.Dataset, data.Dataset], *, quick: bool
-) -> Mapping[str, nets.Net]:
+) -> Mapping[str, networks.Net]:
     """The nets of Tables 3 and 4, by the paper's names; a prime's is trained on P2."""
     trained = {}
     for name in NETS:
         prime = name.endswith("'")
         half = halves[prime]
         key = jax.random.key(seed)
-        net = nets.load_or_train(
+        net = networks.load_or_train(
             name.removesuffix("'"),
             half.images,
             half.labels,
@@ -102,9 +103,9 @@ def train_on_halves(
     return trained
 
 
-def _distortion(attack: Any, net: nets.Net, chosen: nets.Victims) -> list[float]:
+def _distortion(attack: Any, net: networks.Net, chosen: networks.Victims) -> list[float]:
     """The mean over all images, and over the first 256."""
-    result = nets.attack_victims(attack, net, chosen)
+    result = networks.attack_victims(attack, net, chosen)
     few = result.distortion[: results.PAPER_IMAGES]
     return [float(result.distortion.mean()), float(few.mean())]
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from experiments import nets, paper, results, transfers
+from experiments.common import measure as results
+from experiments.common import networks, paper, transfers
 from experiments.table1 import ATTACKS
 from experiments.table3 import divide, train_on_halves
 
@@ -56,7 +57,7 @@ def main(
 
     def measure(seed: int) -> results.Row:
         key = jax.random.key(seed)
-        chosen = nets.random_victims(key, test, images)
+        chosen = networks.random_victims(key, test, images)
         trained = train_on_halves(seed, divide(seed, train), quick=quick)
         rows = [transfers.Images("clean", None, chosen.images)]
         for i, net in enumerate(trained.values()):

@@ -36,7 +36,8 @@ from advjax import lipschitz, models
 from advjax.lipschitz.bound import linear_layers
 from advjax.lipschitz.convolution import Convolution
 from advjax.lipschitz.norms import Dense
-from experiments import nets, paper, results
+from experiments.common import measure as results
+from experiments.common import networks, paper
 
 NETS = ("FC100-100-10", "ConvNet")
 PAPERS = "AlexNet, random weights"
@@ -82,7 +83,7 @@ def main(
         key = jax.random.key(seed)
         rows = []
         for name in NETS[:1] if quick else NETS:
-            net = nets.load_or_train(
+            net = networks.load_or_train(
                 name, train.images, train.labels, key=key, steps=20 if quick else None
             )
             rows.append(_bounds(name, net.logits_fn, jnp.asarray(test.images[:images])))

@@ -19,8 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from advjax import attacks, runner
-from experiments import nets, results
 from experiments.benchmark import BATCH_SIZE, time_of_a_gradient, timed, vmapped
+from experiments.common import measure as results
+from experiments.common import networks
 
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
 
@@ -48,10 +49,10 @@ def main(
         quick: Fewer steps, sizes and digits, of the sample: seconds, for a trial.
     """
     train, test = results.load("mnist", source, quick=quick)
-    victim = nets.load_or_train(
+    victim = networks.load_or_train(
         net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
     )
-    chosen = nets.victims(victim, test, 64 if quick else images)
+    chosen = networks.victims(victim, test, 64 if quick else images)
     xs, targets = chosen.images, chosen.targets
     gradient = time_of_a_gradient(victim.logits_fn, xs[:BATCH_SIZE], targets[:BATCH_SIZE])
 

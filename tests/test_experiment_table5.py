@@ -12,7 +12,8 @@ import safetensors.numpy
 
 from advjax import lipschitz, models
 from advjax.lipschitz.norms import Dense
-from experiments import paper, table5
+from experiments import table5
+from experiments.common import paper
 
 
 @pytest.fixture(scope="module")

@@ -16,19 +16,10 @@ from PIL import Image
 
 from advjax import attacks, data, models
 from experiments import __main__ as command
-from experiments import (
-    attack,
-    benchmark,
-    nets,
-    paper,
-    quickstart,
-    results,
-    table1,
-    table2,
-    throughput,
-    transfers,
-)
-from experiments.peers import Outcome, Way
+from experiments import attack, benchmark, quickstart, table1, table2, throughput
+from experiments.common import measure as results
+from experiments.common import networks, paper, transfers
+from experiments.common.peers import Outcome, Way
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -222,7 +213,7 @@ def test_the_gap_is_to_the_nearest_of_all_that_were_found_for_an_image():
         x_adv = np.repeat(np.array(sums, np.float32)[:, None] / 4, 4, axis=1)
         return Outcome(x_adv, np.array(success), num_evals=np.full(n, 5), seconds=0.5)
 
-    net = nets.Net("threshold", SimpleNamespace(apply=logits), jnp.float32(1))
+    net = networks.Net("threshold", SimpleNamespace(apply=logits), jnp.float32(1))
     rows = benchmark.compare(
         [
             (Way("near", "a", None), outcome(1.2, 1.2, 0.9, success=[True, True, True])),
@@ -310,7 +301,9 @@ def same(a, b):
 
 
 def test_a_net_is_trained_once_and_read_afterwards(digits, cache_dir, capsys):
-    load = functools.partial(nets.load_or_train, "FC10(1)", *digits, key=jax.random.key(9), steps=5)
+    load = functools.partial(
+        networks.load_or_train, "FC10(1)", *digits, key=jax.random.key(9), steps=5
+    )
     first = load()
     assert "training on 300 images" in capsys.readouterr().out
     second = load()
@@ -335,30 +328,30 @@ def test_whatever_defines_a_net_makes_another_file(change, digits, cache_dir):
         "images": images[:, ::-1],
         "labels": labels[::-1].copy(),
     }
-    nets.load_or_train(**given)
+    networks.load_or_train(**given)
     before = cached(cache_dir)
-    nets.load_or_train(**given | {change: other[change]})
+    networks.load_or_train(**given | {change: other[change]})
     assert len(cached(cache_dir) - before) == 1
 
 
 def test_the_activation_defines_a_net_too(digits, cache_dir, monkeypatch):
     load = functools.partial(
-        nets.load_or_train, "FC100-100-10", *digits, key=jax.random.key(9), steps=2
+        networks.load_or_train, "FC100-100-10", *digits, key=jax.random.key(9), steps=2
     )
     load()
     before = cached(cache_dir)
-    tanh = nets.RECIPES["FC100-100-10"]._replace(model=models.MLP(activation=jnp.tanh))
-    monkeypatch.setitem(nets.RECIPES, "FC100-100-10", tanh)
+    tanh = networks.RECIPES["FC100-100-10"]._replace(model=models.MLP(activation=jnp.tanh))
+    monkeypatch.setitem(networks.RECIPES, "FC100-100-10", tanh)
     load()
     assert len(cached(cache_dir) - before) == 1
 
 
 def test_the_name_of_the_file_is_the_same_in_another_process(digits):
     code = (
-        "import jax; from advjax import data; from experiments import nets\n"
+        "import jax; from advjax import data; from experiments.common import networks\n"
         "d = data.load('mnist', 'train', source='embedded')\n"
-        "r = nets.RECIPES['FC100-100-10']\n"
-        "print(nets._fingerprint(r, d.images[:300], d.labels[:300], jax.random.key(9), 2))"
+        "r = networks.RECIPES['FC100-100-10']\n"
+        "print(networks._fingerprint(r, d.images[:300], d.labels[:300], jax.random.key(9), 2))"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code],
@@ -368,13 +361,13 @@ def test_the_name_of_the_file_is_the_same_in_another_process(digits):
         capture_output=True,
         text=True,
     )
-    recipe = nets.RECIPES["FC100-100-10"]
-    assert ran.stdout.strip() == nets._fingerprint(recipe, *digits, jax.random.key(9), 2)
+    recipe = networks.RECIPES["FC100-100-10"]
+    assert ran.stdout.strip() == networks._fingerprint(recipe, *digits, jax.random.key(9), 2)
 
 
 def test_a_damaged_file_is_made_anew(digits, cache_dir):
     load = functools.partial(
-        nets.load_or_train, "FC10(1)", *digits, key=jax.random.key(11), steps=5
+        networks.load_or_train, "FC10(1)", *digits, key=jax.random.key(11), steps=5
     )
     before = cached(cache_dir)
     first = load()
@@ -388,10 +381,10 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(digits, tmp_path, m
     (tmp_path / "advjax").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.warns(UserWarning, match="could not keep the trained net"):
-        nets.load_or_train("FC10(1)", *digits, key=jax.random.key(9), steps=2)
+        networks.load_or_train("FC10(1)", *digits, key=jax.random.key(9), steps=2)
 
 
-@pytest.mark.parametrize("make", [nets.train, nets.load_or_train])
+@pytest.mark.parametrize("make", [networks.train, networks.load_or_train])
 def test_an_unknown_net_lists_the_known_ones(make, digits):
     with pytest.raises(ValueError, match=r"name='FC7' is unknown; choose one of FC10\(1e-4\), "):
         make("FC7", *digits, key=jax.random.key(0))
@@ -399,10 +392,10 @@ def test_an_unknown_net_lists_the_known_ones(make, digits):
 
 def test_the_nearest_of_every_class_is_that_of_the_untargeted_attack(digits):
     images, labels = digits
-    net = nets.load_or_train("FC10(1)", images, labels, key=jax.random.key(9), steps=5)
+    net = networks.load_or_train("FC10(1)", images, labels, key=jax.random.key(9), steps=5)
     few = images[:6], labels[:6]
-    chosen = nets.Victims(np.arange(6), *few, targets=(few[1] + 1) % 10)
-    nearest = nets.attack_every_class(attacks.lbfgs, net, chosen)
+    chosen = networks.Victims(np.arange(6), *few, targets=(few[1] + 1) % 10)
+    nearest = networks.attack_every_class(attacks.lbfgs, net, chosen)
     untargeted = functools.partial(attacks.untargeted, attacks.lbfgs, net.logits_fn)
     expected = jax.vmap(untargeted)(*few)
     np.testing.assert_allclose(nearest.distortion, expected.distortion, rtol=1e-4)
@@ -411,7 +404,7 @@ def test_the_nearest_of_every_class_is_that_of_the_untargeted_attack(digits):
 
 def test_random_victims_of_a_larger_number_begin_with_those_of_a_smaller_one():
     test = data.load("mnist", "test", source="embedded")
-    few, many = (nets.random_victims(jax.random.key(0), test, n) for n in (5, 300))
+    few, many = (networks.random_victims(jax.random.key(0), test, n) for n in (5, 300))
     for some, more in zip(few, many, strict=True):
         np.testing.assert_array_equal(some, more[:5])
     assert len(set(many.indices)) == 300
@@ -420,7 +413,7 @@ def test_random_victims_of_a_larger_number_begin_with_those_of_a_smaller_one():
 
 
 def test_the_recipes_are_the_papers_architectures():
-    for name, recipe in nets.RECIPES.items():
+    for name, recipe in networks.RECIPES.items():
         if not name.startswith("FC"):
             continue  # the names of the others do not tell
         params = jax.eval_shape(recipe.model.init, jax.random.key(0), jnp.zeros((28, 28, 1)))
@@ -430,9 +423,9 @@ def test_the_recipes_are_the_papers_architectures():
 
 
 def test_small_sets_take_more_epochs_for_as_many_steps():
-    recipe = nets.RECIPES["FC100-100-10"]
-    assert nets._epochs(recipe, 60_000, None) == recipe.epochs
-    assert nets._epochs(recipe, 5_000, None) * 5_000 >= nets.MIN_STEPS * recipe.batch_size
+    recipe = networks.RECIPES["FC100-100-10"]
+    assert networks._epochs(recipe, 60_000, None) == recipe.epochs
+    assert networks._epochs(recipe, 5_000, None) * 5_000 >= networks.MIN_STEPS * recipe.batch_size
 
 
 # --- the paper's numbers ---------------------------------------------------------------------
@@ -456,9 +449,9 @@ def test_the_autoencoders_code_is_trained_on_images_alone_and_the_softmax_on_the
     digits, monkeypatch
 ):
     images, labels = digits
-    small = nets.RECIPES["AE400-10"]._replace(model=models.AutoencoderClassifier(code=50))
-    monkeypatch.setitem(nets.RECIPES, "AE400-10", small)
-    train = functools.partial(nets.train, "AE400-10", key=jax.random.key(0), steps=40)
+    small = networks.RECIPES["AE400-10"]._replace(model=models.AutoencoderClassifier(code=50))
+    monkeypatch.setitem(networks.RECIPES, "AE400-10", small)
+    train = functools.partial(networks.train, "AE400-10", key=jax.random.key(0), steps=40)
     net, misled = train(images, labels), train(images, np.roll(labels, 7))
     for layer in ("encoder", "decoder"):
         assert same(net.params["params"][layer], misled.params["params"][layer])

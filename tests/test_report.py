@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import report, table1, table3, table4, transfers
+from experiments import report, table1, table3, table4
+from experiments.common import transfers
 
 COMMITTED = Path(report.__file__).with_name("results")
 EVERY = (*report.SECTIONS, *report.PHOTOGRAPHS)

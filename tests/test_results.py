@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 
 from advjax import data, transfer
-from experiments import results
+from experiments.common import measure as results
 
 SPLIT = data.Dataset(np.zeros((2, 28, 28, 1), np.float32), np.arange(2), "embedded")
 

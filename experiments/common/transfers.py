@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Key
 
 from advjax import metrics, transfer
 from advjax.types import Box
-from experiments import nets, paper, results
+from experiments.common import measure as results
+from experiments.common import networks, paper
 
 NOISE = "noise of the same RMS"
 SIGNS = "random signs"
@@ -36,13 +37,13 @@ Found = dict[tuple[str, str | None], list[results.Row]]
 # --- measuring -------------------------------------------------------------------------------
 
 
-def adversarial(attack: Callable[..., Any], net: nets.Net, chosen: nets.Victims) -> Images:
+def adversarial(attack: Callable[..., Any], net: networks.Net, chosen: networks.Victims) -> Images:
     """Images that an attack distorted for a net."""
-    x_adv = nets.attack_victims(attack, net, chosen).x_adv
+    x_adv = networks.attack_victims(attack, net, chosen).x_adv
     return Images(attack.__name__, net.name, x_adv)
 
 
-def controls(key: Key[Array, ""], chosen: nets.Victims, images: Images) -> list[Images]:
+def controls(key: Key[Array, ""], chosen: networks.Victims, images: Images) -> list[Images]:
     """Noise as far from each image as its adversarial one, and that one with random signs."""
     noise_keys, sign_keys = jax.random.split(key, (2, len(images.xs)))
     rms = jax.vmap(metrics.distortion)(chosen.images, images.xs)
@@ -52,7 +53,7 @@ def controls(key: Key[Array, ""], chosen: nets.Victims, images: Images) -> list[
 
 
 def gaussian(
-    key: Key[Array, ""], chosen: nets.Victims, stddev: float, *, clipped: bool = False
+    key: Key[Array, ""], chosen: networks.Victims, stddev: float, *, clipped: bool = False
 ) -> Images:
     """The paper's control: noise of one stddev, which may leave the box unless it is clipped."""
     add = functools.partial(transfer.gaussian, rms=stddev, box=Box() if clipped else None)
@@ -66,7 +67,7 @@ def gaussian_kind(stddev: float) -> str:
     return f"Gaussian {stddev:g}"
 
 
-def magnified(chosen: nets.Victims, images: Images, rms: float) -> Images:
+def magnified(chosen: networks.Victims, images: Images, rms: float) -> Images:
     """The same distortions, each brought to an RMS; they may leave the box, as in the paper."""
     xs = jax.vmap(functools.partial(transfer.magnify, rms=rms))(chosen.images, images.xs)
     return Images(magnified_kind(images.kind, rms), images.made_for, xs)
@@ -78,7 +79,7 @@ def magnified_kind(kind: str, rms: float) -> str:
 
 
 def count(
-    columns: Mapping[str, nets.Net], chosen: nets.Victims, sets: Sequence[Images]
+    columns: Mapping[str, networks.Net], chosen: networks.Victims, sets: Sequence[Images]
 ) -> results.Row:
     """How many images of each set each net gets wrong: of all, and of those that it had right."""
     few = slice(results.PAPER_IMAGES)

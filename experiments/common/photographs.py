@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from advjax import data, models
-from experiments import nets
+from experiments.common import networks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,20 +21,20 @@ class Photographs(NamedTuple):
     """Photographs, and which of them a net can be misled about."""
 
     dataset: data.Dataset
-    victims: nets.Victims
+    victims: networks.Victims
     """Those that the net gets right, but for ostriches, each to become one."""
 
 
-def load_net() -> nets.Net:
+def load_net() -> networks.Net:
     """EfficientNet-Lite0 with the weights of its package; it takes pixels in [0, 1]."""
     model = models.EfficientNetLite0()
     weights = models.load_torch_weights(models.efficientnet_lite0_weights())
-    return nets.Net(
+    return networks.Net(
         "EfficientNet-Lite0", model, models.efficientnet_lite0_from_torch(model, weights)
     )
 
 
-def load_photographs(net: nets.Net, folder: Path | None, *, count: int | None) -> Photographs:
+def load_photographs(net: networks.Net, folder: Path | None, *, count: int | None) -> Photographs:
     """The photographs of a folder, or foolbox's twenty.
 
     Args:
@@ -52,7 +52,7 @@ def load_photographs(net: nets.Net, folder: Path | None, *, count: int | None) -
     right = np.flatnonzero((predicted == labels) & (labels != OSTRICH))[:count]
     return Photographs(
         dataset,
-        nets.Victims(right, dataset.images[right], labels[right], np.full(len(right), OSTRICH)),
+        networks.Victims(right, dataset.images[right], labels[right], np.full(len(right), OSTRICH)),
     )
 
 

@@ -189,8 +189,8 @@ def _digest(config: Mapping[str, Any], splits: Sequence[data.Dataset]) -> str:
     for split in splits:
         for array in (split.images, split.labels):
             digest.update(np.ascontiguousarray(array).data)
-    here = Path(__file__).parent
-    for source in sorted([*here.glob("*.py"), *Path(data.__file__).parents[1].rglob("*.py")]):
+    here = Path(__file__).parents[1]
+    for source in sorted([*here.rglob("*.py"), *Path(data.__file__).parents[1].rglob("*.py")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,0 +1,1 @@
+"""The apparatus of the experiments: it measures, keeps, compares and writes down."""
