@@ -19,11 +19,12 @@ layers, and none of the pools tried was better than weight decay alone. The dist
 `minimum_norm` on test images towards random classes, the same for all arms of a seed.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree
 
 from advjax import attacks, data, metrics, training, transfer
-from experiments.common import measure as results
-from experiments.common import networks, paper
+from experiments.common import markdown, networks, paper, statistics
+from experiments.common.claims import Claim, verdict
+from experiments.common.measure import Content, Row, grouped
+from experiments.common.options import DigitOptions, Digits
+from experiments.common.victims import attack_victims, random_victims
 
 RECIPE = networks.RECIPES["FC100-100-10"]
 HIDDEN = ("hidden1", "hidden2")
@@ -64,82 +68,77 @@ POOLS: dict[str, tuple[training.Layer, ...]] = {
 ARMS = (PLAIN, DROPPED, *POOLS, NOISE)
 
 
-def main(
-    *,
-    images: int = 500,
-    seeds: int = 3,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Trains FC100-100-10 in each of several ways, and measures its errors and distortions.
+class Materials(NamedTuple):
+    """What the nets are trained on: digits, and the pools that each arm mixes with them."""
 
-    Args:
-        images: How many test images to attack for each seed.
-        seeds: How many times to train and to draw.
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the numbers.
-        quick: Briefly trained, with small pools and two seeds, on the sample: a minute, for a
-            trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    images, seeds = (32, 2) if quick else (images, seeds)
-    options = POOL | ({"size": 400, "count": 100} if quick else {})
-    train_images = jnp.asarray(train.images)
+    train: data.Dataset
+    test: data.Dataset
+    pools: dict[str, training.AuxiliaryLoss]
 
-    def make(layers: Sequence[training.Layer], distort: Any) -> training.AuxiliaryLoss:
+    @property
+    def splits(self) -> tuple[data.Dataset, ...]:
+        """What is measured on."""
+        return self.train, self.test
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DigitOptions):
+    """Trains FC100-100-10 in each of several ways, and measures its errors and distortions."""
+
+    images: int = 500
+    """How many test images to attack for each seed."""
+    seeds: int = 3
+    TRIAL = MappingProxyType({"images": 32, "seeds": 2})
+
+    def load(self) -> Materials:  # type: ignore[override]
+        """Loads the digits and makes the pools, once for all seeds: each compiles its attacks."""
+        digits = super().load()
+        pools = {arm: self.pools(digits, layers, to_likeliest) for arm, layers in POOLS.items()}
+        return Materials(*digits, pools)
+
+    def pools(
+        self, digits: Digits | Materials, layers: Sequence[training.Layer], distort: Any
+    ) -> training.AuxiliaryLoss:
+        """Pools at some layers, filled by a function."""
         return training.adversarial_pools(
-            train_images, train.labels, layers, distort=distort, **options
+            jnp.asarray(digits.train.images),
+            digits.train.labels,
+            layers,
+            distort=distort,
+            **POOL | ({"size": 400, "count": 100} if self.quick else {}),
         )
 
-    # Made once for all seeds, as each compiles its attacks.
-    pools = {arm: make(layers, to_likeliest) for arm, layers in POOLS.items()}
 
-    def measure(seed: int) -> results.Row:
-        chosen = networks.random_victims(jax.random.key(seed), test, images)
-        rows: dict[str, results.Row] = {}
-        for arm in ARMS:
-            how: dict[str, Any] = {}
-            if arm == DROPPED:
-                how = {"apply": thinned, "stochastic": True, "decay": DROPOUT_DECAY}
-            elif arm == NOISE:
-                (rms,) = rows[INPUT]["pools"]
-                how = {"auxiliary": make([IMAGE], functools.partial(noisy, rms=rms))}
-            elif arm in pools:
-                how = {"auxiliary": pools[arm]}
-            print(f"{arm}: training on {len(train.labels):,} images", flush=True)
-            start = time.monotonic()
-            fitted = fit(jax.random.key(seed), train, steps=300 if quick else None, **how)
-            minutes = (time.monotonic() - start) / 60
-            net = networks.Net(arm, RECIPE.model, fitted.params)
-            result = networks.attack_victims(attacks.minimum_norm, net, chosen)
-            rows[arm] = {
-                "arm": arm,
-                "train_error": metrics.error_rate(net.logits_fn, *train[:2]),
-                "test_error": metrics.error_rate(net.logits_fn, *test[:2]),
-                "distortion": float(result.distortion.mean()),
-                "success": float(result.success.mean()),
-                "pools": [float(pool.distortion.mean()) for pool in fitted.auxiliary or ()],
-                "minutes": minutes,
-            }
-        return {"rows": list(rows.values())}
-
-    content = results.measure(
-        "adversarial",
-        measure,
-        seeds=seeds,
-        config={"images": images, "dataset": dataset, "quick": quick},
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("adversarial", describe(content), out)
-    return content
+def measure(options: Options, digits: Materials, seed: int) -> Row:
+    """The errors and the distortions of each arm."""
+    chosen = random_victims(jax.random.key(seed), digits.test, options.images)
+    rows: dict[str, Row] = {}
+    for arm in ARMS:
+        how: dict[str, Any] = {}
+        if arm == DROPPED:
+            how = {"apply": thinned, "stochastic": True, "decay": DROPOUT_DECAY}
+        elif arm == NOISE:
+            (rms,) = rows[INPUT]["pools"]
+            distort = functools.partial(noisy, rms=rms)
+            how = {"auxiliary": options.pools(digits, [IMAGE], distort)}
+        elif arm in digits.pools:
+            how = {"auxiliary": digits.pools[arm]}
+        print(f"{arm}: training on {len(digits.train.labels):,} images", flush=True)
+        start = time.monotonic()
+        fitted = fit(jax.random.key(seed), digits.train, steps=options.steps, **how)
+        minutes = (time.monotonic() - start) / 60
+        net = networks.Network(arm, RECIPE.model, fitted.params)
+        result = attack_victims(attacks.minimum_norm, net, chosen)
+        rows[arm] = {
+            "arm": arm,
+            "train_error": metrics.error_rate(net.logits_fn, *digits.train[:2]),
+            "test_error": metrics.error_rate(net.logits_fn, *digits.test[:2]),
+            "distortion": float(result.distortion.mean()),
+            "success": float(result.success.mean()),
+            "pools": [float(pool.distortion.mean()) for pool in fitted.auxiliary or ()],
+            "minutes": minutes,
+        }
+    return {"rows": list(rows.values())}
 
 
 def fit(
@@ -197,10 +196,10 @@ def noisy(key: Any, logits_fn: Any, x: Array, label: Array, *, rms: float) -> Ar
     return transfer.gaussian(key, x, rms)
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """Errors and distortions of each arm, and both less those of weight decay."""
-    found = _by_arm(content)
-    measured = results.table(
+    found = grouped(content, "arm")
+    measured = markdown.table(
         (
             "arm",
             "train error, %",
@@ -213,10 +212,10 @@ def describe(content: dict[str, Any]) -> str:
         (
             (
                 arm,
-                results.number(results.mean([100 * row["train_error"] for row in rows]), 2),
-                results.number(results.mean([100 * row["test_error"] for row in rows]), 2),
+                markdown.number(statistics.over(rows, "train_error", scale=100), 2),
+                markdown.number(statistics.over(rows, "test_error", scale=100), 2),
                 paper.ADVERSARIAL_TRAINING.get(arm, "-"),
-                results.number(results.mean([row["distortion"] for row in rows])),
+                markdown.number(statistics.over(rows, "distortion")),
                 ", ".join(f"{rms:.3f}" for rms in np.mean([row["pools"] for row in rows], axis=0))
                 or "-",
                 f"{np.mean([row['minutes'] for row in rows]):.1f}",
@@ -224,13 +223,13 @@ def describe(content: dict[str, Any]) -> str:
             for arm, rows in found.items()
         ),
     )
-    differences = results.table(
+    differences = markdown.table(
         ("arm", "test error, points", "distortion"),
         (
             (
                 arm,
-                results.number(_difference(found, arm, PLAIN, "test_error", scale=100), 2),
-                results.number(_difference(found, arm, PLAIN, "distortion")),
+                markdown.number(_difference(found, arm, PLAIN, "test_error", scale=100), 2),
+                markdown.number(_difference(found, arm, PLAIN, "distortion")),
             )
             for arm in found
             if arm != PLAIN
@@ -247,15 +246,15 @@ The same less those of weight decay, seed by seed:
 {differences}"""
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Pools for all layers gain, one for the input does not, and higher ones gain more."""
-    found = _by_arm(content)
+    found = grouped(content, "arm")
 
-    def less(arm: str, other: str) -> results.Estimate:
+    def less(arm: str, other: str) -> statistics.Estimate:
         return _difference(found, arm, other, "test_error", scale=100)
 
     def error(arm: str) -> str:
-        return results.percent(float(np.mean([row["test_error"] for row in found[arm]])))
+        return markdown.percent(float(np.mean([row["test_error"] for row in found[arm]])))
 
     printed = paper.ADVERSARIAL_TRAINING
     rivals = {other: less(ALL, other) for other in (PLAIN, DROPPED)}
@@ -266,55 +265,51 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     robust = {arm: _difference(found, arm, PLAIN, "distortion") for arm in (INPUT, ALL, NOISE)}
     further = [robust[arm].low > 0 for arm in (INPUT, ALL)]
     return [
-        results.Claim(
+        Claim(
             "Adversarial training with a pool for each layer has a lower test error than weight "
             "decay and than dropout",
             f"{printed[ALL]} % against {printed[PLAIN]} % and {printed[DROPPED]} %",
             f"{error(ALL)} against {error(PLAIN)} and {error(DROPPED)}; differences in points: "
             + _listed(rivals, 2),
-            results.verdict(gained),
+            verdict(gained),
         ),
-        results.Claim(
+        Claim(
             "A pool for the input alone does not gain; pools for all layers do",
             "stated",
             f"against weight decay, in points: {_listed({INPUT: alone, ALL: rivals[PLAIN]}, 2)}",
-            results.verdict([not _below(alone), gained[0]]) if gained[0] else "does not hold",
+            verdict([not _below(alone), gained[0]]) if gained[0] else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "Adversarial examples of the higher layers are the most useful",
             "observed",
             f"against weight decay, in points: {_listed(single, 2)}; the pool of hidden2 against "
-            f"that of the input: {results.number(higher, 2)}",
-            results.verdict([_below(higher), _below(single["hidden2 pool"])]),
+            f"that of the input: {markdown.number(higher, 2)}",
+            verdict([_below(higher), _below(single["hidden2 pool"])]),
         ),
-        results.Claim(
+        Claim(
             "Adversarial training makes a net more robust",
             "not measured",
             f"mean minimum distortion, more than weight decay's by {_listed(robust, 4)}",
-            results.verdict(further),
+            verdict(further),
         ),
     ]
 
 
-def _below(difference: results.Estimate) -> bool:
+def _below(difference: statistics.Estimate) -> bool:
     """Whether a difference is shown to be below 0; of one seed nothing is."""
     return bool(difference.high < 0)
 
 
-def _listed(differences: dict[str, results.Estimate], digits: int) -> str:
+def _listed(differences: dict[str, statistics.Estimate], digits: int) -> str:
     return ", ".join(
-        f"{results.number(difference, digits)} ({name})" for name, difference in differences.items()
+        f"{markdown.number(difference, digits)} ({name})"
+        for name, difference in differences.items()
     )
 
 
 def _difference(
-    found: dict[str, list[results.Row]], arm: str, other: str, what: str, *, scale: float = 1
-) -> results.Estimate:
+    found: dict[str, list[Row]], arm: str, other: str, what: str, *, scale: float = 1
+) -> statistics.Estimate:
     """One arm's less the other's, paired by seed."""
     pairs = zip(found[arm], found[other], strict=True)
-    return results.mean([scale * (row[what] - beside[what]) for row, beside in pairs])
-
-
-def _by_arm(content: dict[str, Any]) -> dict[str, list[results.Row]]:
-    """For each arm its rows of all seeds."""
-    return {rows[0]["arm"]: list(rows) for rows in results.over_seeds(content)}
+    return statistics.mean([scale * (row[what] - beside[what]) for row, beside in pairs])

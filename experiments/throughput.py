@@ -10,55 +10,48 @@ Expected on a CPU: refilled lanes about twice as fast as fixed batches, and all 
 times what the gradients take; a batch of 64 to 128 is best.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from advjax import attacks, runner
-from experiments.benchmark import BATCH_SIZE, time_of_a_gradient, timed, vmapped
-from experiments.common import measure as results
-from experiments.common import networks
+from experiments.common import markdown, networks
+from experiments.common.measure import Content, Row
+from experiments.common.options import DigitOptions, Digits
+from experiments.common.timing import BATCH_SIZE, time_of_a_gradient, timed, vmapped
+from experiments.common.victims import victims
 
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
 
 
-def main(
-    *,
-    net: str = "FC100-100-10",
-    images: int = 2000,
-    batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256),
-    seed: int = 0,
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-) -> None:
-    """Times both attacks with each batch size, with and without refilling.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DigitOptions):
+    """Times both attacks with each batch size, with and without refilling."""
 
-    Args:
-        net: The net to attack, by the paper's name.
-        images: How many test images.
-        batch_sizes: How many images each device has in work.
-        seed: Of the net.
-        source: The digits: the full MNIST of tensorflow-datasets, the sample inside the package,
-            or the first of both that can be had.
-        out: The folder for the numbers.
-        quick: Fewer steps, sizes and digits, of the sample: seconds, for a trial.
-    """
-    train, test = results.load("mnist", source, quick=quick)
-    victim = networks.load_or_train(
-        net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
-    )
-    chosen = networks.victims(victim, test, 64 if quick else images)
+    net: str = "FC100-100-10"
+    """The net to attack, by the paper's name."""
+    images: int = 2000
+    """How many test images."""
+    batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """How many images each device has in work."""
+    TRIAL = MappingProxyType({"images": 64, "batch_sizes": (16,)})
+
+
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """The time of each attack with each batch size in each way."""
+    key = jax.random.key(seed)
+    victim = networks.load_or_train(key, options.net, digits.train, steps=options.steps)
+    chosen = victims(victim, digits.test, options.images)
     xs, targets = chosen.images, chosen.targets
     gradient = time_of_a_gradient(victim.logits_fn, xs[:BATCH_SIZE], targets[:BATCH_SIZE])
-
-    rows: list[results.Row] = []
+    rows: list[Row] = []
     for attack in ATTACKS:
-        for batch_size in batch_sizes[:1] if quick else batch_sizes:
+        for batch_size in options.batch_sizes:
             for way, run in (
                 ("fixed batches", fixed_batches(attack, victim.logits_fn, batch_size)),
                 ("one device", lanes(attack, victim.logits_fn, batch_size, jax.devices()[:1])),
@@ -79,29 +72,12 @@ def main(
                         "seconds_over_gradients": seconds / (evaluations * gradient),
                     }
                 )
-
-    print(
-        f"\n{net}, {len(xs)} test images on {jax.device_count()} devices; a gradient in a batch "
-        f"takes {1e6 * gradient:.1f} us an image.\n"
-    )
-    print(table(rows))
-    out.mkdir(parents=True, exist_ok=True)
-    numbers = out / "throughput.json"
-    results.save_json(
-        numbers,
-        {
-            "experiment": "throughput",
-            "data": train.source,
-            "net": net,
-            "seed": seed,
-            "images": len(xs),
-            "devices": jax.device_count(),
-            "microseconds_a_gradient": 1e6 * gradient,
-            "rows": rows,
-        },
-    )
-    print()
-    print(results.saved({numbers: "the numbers above"}))
+    return {
+        "images": len(xs),
+        "devices": jax.device_count(),
+        "microseconds_a_gradient": 1e6 * gradient,
+        "rows": rows,
+    }
 
 
 def lanes(
@@ -135,9 +111,19 @@ def fixed_batches(
     return attack_images
 
 
-def table(rows: list[results.Row]) -> str:
-    """The rows as text, a line for each attack and batch size."""
-    return results.table(
+def describe(content: Content) -> str:
+    """A line for each attack and batch size."""
+    run = content["runs"][0]
+    return f"""\
+{content["config"]["net"]}, {run["images"]} test images on {run["devices"]} devices; a gradient in a
+batch takes {run["microseconds_a_gradient"]:.1f} us an image.
+
+{table(run["rows"])}"""
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    return markdown.table(
         (
             "attack",
             "batch size",

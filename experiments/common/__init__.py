@@ -1,1 +1,1 @@
-"""The apparatus of the experiments: it measures, keeps, compares and writes down."""
+"""What the experiments share: measuring, statistics, networks, and the paper's numbers."""
