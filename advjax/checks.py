@@ -1,14 +1,17 @@
-"""Checks of arguments while a function is traced: shapes, dtypes and options, never values."""
+"""Checks of arguments: shapes, dtypes and options, and values where they are known."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from advjax.types import Box, LogitsFn
+
+_ROUNDING_OF_PIXELS = 1e-3  # of the width of the box
 
 
 def floating(name: str, array: Any) -> Float[Array, "*shape"]:
@@ -24,6 +27,8 @@ def floating(name: str, array: Any) -> Float[Array, "*shape"]:
 
 def class_index(name: str, value: Any) -> Int[Array, ""]:
     """`value` as an int32 scalar; TypeError unless an integer, ValueError unless a scalar."""
+    if value is None:
+        raise TypeError(f"{name}: None, expected an integer class index.")
     value = jnp.asarray(value)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(
@@ -49,17 +54,22 @@ def one_example(logits: Any) -> Float[Array, " classes"]:
     return logits
 
 
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """`value` as a pair; ValueError unless it is one."""
+    try:
+        lower, upper = value
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name}: {value!r}, expected a pair (lower, upper), such as Box(0.0, 1.0)."
+        ) from None
+    return lower, upper
+
+
 def box(value: Any, x: Float[Array, "*shape"]) -> Box:
     """`value` as a `Box` of two arrays; ValueError unless a pair that broadcasts to `x`.
 
     A scalar stays one, as it need not be read for every pixel; another bound is shaped like `x`.
     """
-    try:
-        lower, upper = value
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"box: {value!r}, expected a pair (lower, upper), such as Box(0.0, 1.0)."
-        ) from None
 
     def bound(name, array):
         array = jnp.asarray(array, x.dtype)
@@ -71,16 +81,62 @@ def box(value: Any, x: Float[Array, "*shape"]) -> Box:
                 f"{x.shape} of the image; pass a scalar or an array of that shape."
             ) from None
 
+    lower, upper = pair("box", value)
     return Box(bound("lower", lower), bound("upper", upper))
+
+
+def is_outside(x: Float[Array, "*shape"], box: Box, *, xp: Any = jnp) -> Bool[Array, ""]:
+    """Whether `x` leaves the box by more than rounding: a thousandth of its (finite) width.
+
+    Args:
+        x: An image, or several.
+        box: `(lower, upper)`, each broadcast to `x`.
+        xp: The array library that computes it, `jax.numpy` or `numpy`.
+    """
+    lower, upper = map(xp.asarray, box)
+    width = upper - lower
+    width = xp.max(width, initial=0, where=xp.isfinite(width))
+    excess = xp.maximum(lower - x, x - upper)
+    return xp.max(excess, initial=-xp.inf) > _ROUNDING_OF_PIXELS * width
+
+
+def inside(name: str, x: Any, box: Any) -> None:
+    """ValueError if `x` and the box are known, and `x` is outside.
+
+    An empty box and pixels that are not finite are left to the caller.
+    """
+    lower, upper = pair("box", box)
+    if any(isinstance(array, jax.core.Tracer) for array in (x, lower, upper)):
+        return
+    pixels, lower, upper = (np.asarray(array).astype(np.float32) for array in (x, lower, upper))
+    try:
+        np.broadcast_shapes(pixels.shape, lower.shape, upper.shape)
+    except ValueError:
+        return
+    with np.errstate(all="ignore"):
+        if not np.all(lower <= upper) or not is_outside(pixels, Box(lower, upper), xp=np):
+            return
+    remedy = "pass the box of its pixels as box="
+    if lower.min() == 0 and upper.max() == 1 and pixels.min() >= 0:
+        remedy = f"scale it to [0, 1], as by {name} / 255, or {remedy}"
+    raise ValueError(
+        f"{name}: values in [{pixels.min():g}, {pixels.max():g}], expected the box "
+        f"[{lower.min():g}, {upper.max():g}]; {remedy}."
+    )
+
+
+def model(name: str, logits_fn: Any) -> None:
+    """TypeError unless `logits_fn` can be called."""
+    if not callable(logits_fn):
+        raise TypeError(
+            f"{name}: {type(logits_fn).__name__}, expected a function of one example; for a "
+            "Flax module pass lambda x: model.apply(params, x)."
+        )
 
 
 def logits(logits_fn: LogitsFn, x: Float[Array, "*shape"]) -> jax.ShapeDtypeStruct:
     """What `logits_fn` returns for `x`; an error unless floating logits of one example."""
-    if not callable(logits_fn):
-        raise TypeError(
-            f"logits_fn: {type(logits_fn).__name__}, expected a function of one example; for a "
-            "Flax module pass lambda x: model.apply(params, x)."
-        )
+    model("logits_fn", logits_fn)
     out = jax.eval_shape(logits_fn, x)
     if not hasattr(out, "shape"):
         raise TypeError(
@@ -89,7 +145,12 @@ def logits(logits_fn: LogitsFn, x: Float[Array, "*shape"]) -> jax.ShapeDtypeStru
         )
     if len(out.shape) != 1 or out.shape[0] < 2:
         remedy = "return one logit for each class"
-        if len(out.shape) == 2 and out.shape[0] == 1:
+        if math.prod(out.shape) == 1:
+            remedy = (
+                "of a model with one logit z make two classes: "
+                "lambda x: jnp.stack([jnp.zeros_like(z := model(x).squeeze()), z])"
+            )
+        elif len(out.shape) == 2 and out.shape[0] == 1:
             remedy = "if the model wants a batch, pass lambda x: model(x[None])[0]"
         elif len(out.shape) == 2:
             remedy = "pass ONE example as x and use jax.vmap for a batch"

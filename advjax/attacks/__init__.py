@@ -1,22 +1,28 @@
 """Minimum-distortion attacks: pure functions of one image, flat under `jax.vmap`."""
 
-from advjax.attacks.base import AttackResult, Machine, Status
+from advjax.attacks.attack import Attack, Method
+from advjax.attacks.ddn import Start, decoupled
 from advjax.attacks.fgsm import fgsm
-from advjax.attacks.lbfgs import lbfgs, lbfgs_machine
-from advjax.attacks.minimum_norm import minimum_norm, minimum_norm_machine
-from advjax.attacks.start import Start, decoupled
+from advjax.attacks.lbfgs import lbfgs
+from advjax.attacks.machine import Formulation, Search, Verdict, View
+from advjax.attacks.minimum_norm import minimum_norm
+from advjax.attacks.result import AttackResult, Status, admission
 from advjax.attacks.untargeted import untargeted
 
 __all__ = [
+    "Attack",
     "AttackResult",
-    "Machine",
+    "Formulation",
+    "Method",
+    "Search",
     "Start",
     "Status",
+    "Verdict",
+    "View",
+    "admission",
     "decoupled",
     "fgsm",
     "lbfgs",
-    "lbfgs_machine",
     "minimum_norm",
-    "minimum_norm_machine",
     "untargeted",
 ]

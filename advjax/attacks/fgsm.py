@@ -1,100 +1,138 @@
 """The fast gradient sign method: one gradient, and a step of fixed size in the largest norm."""
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, metrics
-from advjax.attacks.base import AttackResult, Status, admission, constant
+from advjax.attacks.attack import Attack
+from advjax.attacks.result import AttackResult, Status, admission
 from advjax.types import Box, LogitsFn
 
 
 def fgsm(
     logits_fn: LogitsFn,
-    x: Float[Array, "*shape"],
-    label: Int[Array, ""] | int,
     *,
     epsilon: float | Float[Array, ""],
     box: Box | tuple = Box(),  # noqa: B008 an immutable default
     targeted: bool = False,
-) -> AttackResult:
-    """The fast baseline: move every pixel by `epsilon`, up or down as the cross-entropy's gradient.
+) -> Attack:
+    """Move every pixel by `epsilon`, up or down as the sign of the cross-entropy's gradient.
 
     `x_adv = clip(x + epsilon * sign(grad cross_entropy(logits_fn(x), label)), *box)`, or with a
     minus towards a target. The step is taken whether or not the image needs it, so that its size
     is the same for every image; `lbfgs` and `minimum_norm` look for the smallest one instead.
 
     Args:
-        logits_fn: The model: logits `(classes,)` of ONE example like `x`. Any pure function will
-            do: `lambda x: model.apply(params, x)`.
-        x: The image, of any shape, floating. It may lie outside the box; the step starts there
-            nevertheless.
-        label: The class to leave, as a rule the true one; with `targeted` the class to reach.
-        epsilon: The step of each pixel, at least 0 and in the unit of `x`. It may be traced, as
-            under `jax.vmap` over several.
-        box: `(lower, upper)`, each broadcast to `x`; [0, 1] by default.
-        targeted: Whether to step towards `label`.
+        logits_fn: The model: logits `(classes,)` of ONE example. Any pure function will do:
+            `lambda x: model.apply(params, x)`.
+        epsilon: The step of each pixel, at least 0 and in the unit of the image. It may be traced,
+            as under `jax.vmap` over several.
+        box: `(lower, upper)`, each broadcast to the image; [0, 1] by default.
+        targeted: Whether to step towards a class instead of away from it.
 
     Returns:
-        An `AttackResult`. `success` says that the model does not give `x_adv` the class `label`,
-        or with `targeted` that it does; the status is then `CONVERGED`, and otherwise
-        `NOT_FOUND`. `weight` is `epsilon`. Where the status tells of bad data (a label that is no
-        class counts as `INVALID_TARGET`) no step is taken: `x_adv` is the image moved into the
-        box, and `weight` 0. `jax.grad` takes the result for a constant.
+        An `Attack`: `(x, label) -> AttackResult`, where `label` is the class to leave, as a rule
+        the true one; with `targeted` it is the class to reach. `success` says that the model does
+        not give `x_adv` that class, or with `targeted` that it does; the status is then
+        `CONVERGED`, and otherwise `NOT_FOUND`. `multiplier` is `epsilon`. Where the status tells of
+        bad data no step is taken: `x_adv` is the image moved into the box, and `multiplier` 0.
 
     Raises:
-        TypeError: If `x` is not floating, `label` not an integer, or `logits_fn` no function.
-        ValueError: If `logits_fn` does not return `(classes,)`, a bound does not broadcast to `x`,
-            or `epsilon` is not one number of at least 0.
+        TypeError: If `logits_fn` is no function.
+        ValueError: If `box` is not a pair, or `epsilon` is not one number of at least 0.
 
-    Source: Goodfellow, Shlens and Szegedy (2014), section 4.
+    Reference: Goodfellow, Shlens and Szegedy (2014), section 4.
     """
-    x = checks.floating("x", x)
-    label = checks.class_index("label", label)
-    classes = checks.logits(logits_fn, x).shape[0]
-    logits_fn, x, bounds = constant(logits_fn, x, checks.box(box, x))
-    lower, upper = map(jnp.asarray, bounds)
-    # Half-precision images are moved in float32 and rounded before the model sees them.
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    epsilon = jax.lax.stop_gradient(checks.nonnegative("epsilon", epsilon, dtype))
+    epsilon = checks.nonnegative("epsilon", epsilon, jnp.result_type(float))
+    return Attack(logits_fn, Box(*checks.pair("box", box)), GradientSign(epsilon, targeted))
 
-    admitted = admission(x, label, classes, bounds)
-    origin = jnp.where(jnp.isfinite(x), x, 0).astype(dtype)
 
-    def objective(origin):
-        return _log_odds(logits_fn(origin.astype(x.dtype)).astype(dtype), label)
+class _State(NamedTuple):
+    x: Float[Array, "*shape"]
+    label: Int[Array, ""]
+    x_adv: Float[Array, "*shape"]
+    status: Int[Array, ""]
+    num_evals: Int[Array, ""]
 
-    value, grad = jax.value_and_grad(objective)(origin)
-    finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad)) & jnp.isfinite(epsilon)
-    status = jnp.where((admitted == Status.RUNNING) & ~finite, Status.NONFINITE, admitted)
-    stepped = status == Status.RUNNING
 
-    step = (-epsilon if targeted else epsilon) * jnp.sign(grad)
-    moved = jnp.where(stepped, origin + step, origin)
-    clipped = jnp.clip(moved, lower, upper)
-    x_adv = jnp.where(status == Status.EMPTY_BOX, moved, clipped).astype(x.dtype)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GradientSign:
+    """The method of `fgsm`, of a single step.
 
-    logits = logits_fn(x_adv)
-    prediction = jnp.argmax(logits).astype(jnp.int32)
-    aim = (prediction == label) if targeted else (prediction != label)
-    success = stepped & aim & jnp.all(~jnp.isnan(logits))
-    outcome = jnp.where(success, Status.CONVERGED, Status.NOT_FOUND)
-    return AttackResult(
-        x_adv=x_adv,
-        success=success,
-        distortion=metrics.distortion(origin, x_adv.astype(dtype)),
-        weight=jnp.where(stepped, epsilon, 0),
-        prediction=prediction,
-        status=jnp.where(stepped, outcome, status).astype(jnp.int32),
-        num_evals=(admitted == Status.RUNNING).astype(jnp.int32),
-    )
+    Args:
+        epsilon: The length of the step in the largest norm.
+        targeted: Whether to step towards the class.
+    """
+
+    epsilon: Float[Array, ""]
+    targeted: bool = dataclasses.field(metadata={"static": True})
+
+    def init(self, attack: Attack, x: Float[Array, "*shape"], label: Int[Array, ""]) -> _State:
+        """Return the image moved into the box."""
+        label = checks.class_index("target" if self.targeted else "label", label)
+        classes = checks.logits(attack.logits_fn, x).shape[0]
+        box = checks.box(attack.box, x)
+        status = admission(x, label, classes, box)
+        x = jnp.where(jnp.isfinite(x), x, 0)
+        x_adv = jnp.where(status == Status.EMPTY_BOX, x, jnp.clip(x, *box))
+        return _State(x, label, x_adv, status, jnp.int32(0))
+
+    def step(self, attack: Attack, state: _State) -> _State:
+        """Take the step."""
+        # Half-precision images are moved in float32 and rounded before the model sees them.
+        like, dtype = state.x.dtype, jnp.promote_types(state.x.dtype, jnp.float32)
+        epsilon = jax.lax.stop_gradient(self.epsilon).astype(dtype)
+
+        def objective(origin: Float[Array, "*shape"]) -> Float[Array, ""]:
+            return _log_odds(attack.logits_fn(origin.astype(like)).astype(dtype), state.label)
+
+        origin = state.x.astype(dtype)
+        value, grad = jax.value_and_grad(objective)(origin)
+        finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad)) & jnp.isfinite(epsilon)
+        moved = origin + (-epsilon if self.targeted else epsilon) * jnp.sign(grad)
+        x_adv = jnp.clip(moved, *checks.box(attack.box, origin)).astype(like)
+        running = state.status == Status.RUNNING
+        stepped = jnp.where(finite, Status.CONVERGED, Status.NONFINITE).astype(jnp.int32)
+        return state._replace(
+            x_adv=jnp.where(running & finite, x_adv, state.x_adv),
+            status=jnp.where(running, stepped, state.status),
+            num_evals=state.num_evals + running,
+        )
+
+    def done(self, attack: Attack, state: _State) -> Bool[Array, ""]:
+        """Whether the step has been taken."""
+        return state.status != Status.RUNNING
+
+    def result(self, attack: Attack, state: _State) -> AttackResult:
+        """Return the moved image and its prediction."""
+        logits = attack.logits_fn(state.x_adv)
+        prediction = jnp.argmax(logits).astype(jnp.int32)
+        is_label = prediction == state.label
+        stepped = state.status == Status.CONVERGED
+        aim = is_label if self.targeted else ~is_label
+        success = stepped & aim & jnp.all(~jnp.isnan(logits))
+        dtype = jnp.promote_types(state.x.dtype, jnp.float32)
+        return AttackResult(
+            x_adv=state.x_adv,
+            success=success,
+            distortion=metrics.distortion(state.x.astype(dtype), state.x_adv.astype(dtype)),
+            multiplier=jnp.where(stepped, self.epsilon.astype(dtype), 0),
+            prediction=prediction,
+            status=jnp.where(stepped & ~success, Status.NOT_FOUND, state.status).astype(jnp.int32),
+            num_evals=state.num_evals,
+        )
 
 
 def _log_odds(logits: Float[Array, " classes"], label: Int[Array, ""]) -> Float[Array, ""]:
     """The log-odds against a class under a softmax, of which the cross-entropy is the softplus.
 
     So the signs of the two gradients agree, but this one does not vanish in rounding where the
-    model is sure of itself, at a lead of 17 in float32.
+    model is sure of itself, at a margin of 17 in float32.
     """
     others = jnp.where(jnp.arange(len(logits)) == label, -jnp.inf, logits)
     return jax.nn.logsumexp(others) - logits[label]

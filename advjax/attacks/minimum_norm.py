@@ -1,5 +1,6 @@
 """The paper's problem (1) itself, solved by an augmented Lagrangian."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from advjax import checks, losses
-from advjax.attacks.base import AttackResult, Machine, Method, Verdict, View, machine, run
-from advjax.attacks.start import Start
+from advjax.attacks.attack import Attack
+from advjax.attacks.machine import Search, Verdict, View
+from advjax.attacks.ddn import Start
 from advjax.solvers import Solver, lbfgsb
 from advjax.types import Box, LogitsFn
 
@@ -21,19 +23,8 @@ _FIRST_TOLERANCE, _FIRST_ROUGH_TOLERANCE = 0.1, 0.3
 _GAP = 1e-4  # of the squared distance: the duality gap at which the search ends
 
 
-class _Multipliers(NamedTuple):
-    multipliers: Float[Array, " classes"]  # 0 for the target itself
-    penalty: Float[Array, ""]
-    penalty_limit: Float[Array, ""]
-    violation: Float[Array, ""]
-    tolerance: Float[Array, ""]
-    goal: Float[Array, ""]  # the margin in the constraints: a little over the one asked for
-
-
 def minimum_norm(
     logits_fn: LogitsFn,
-    x: Float[Array, "*shape"],
-    target: Int[Array, ""] | int,
     *,
     box: Box | tuple = Box(),  # noqa: B008 an immutable default
     solver: Solver = lbfgsb(tol=0, first_step=1 / (1 + _FIRST_PENALTY)),  # noqa: B008
@@ -42,7 +33,7 @@ def minimum_norm(
     max_evals: int = 500,
     start: Start | None = None,
     rough: bool = False,
-) -> AttackResult:
+) -> Attack:
     """Find the nearest image, in L2, that the model gives the target class: problem (1).
 
     Minimises `||r||^2 / 2` subject to `z_j(x + r) - z_t(x + r) + margin <= 0` for every class j
@@ -52,79 +43,82 @@ def minimum_norm(
     logits and of pixels.
 
     Args:
-        logits_fn: The model: logits `(classes,)` of ONE example like `x`. Any pure function will
-            do: `lambda x: model.apply(params, x)`.
-        x: The image, of any shape, floating. It may lie outside the box; `r` counts from it
-            nevertheless.
-        target: The class to reach.
-        box: `(lower, upper)`, each broadcast to `x`; [0, 1] by default.
-        solver: The bounded minimiser of the sub-problems. Its own tolerance should not stop it
-            before theirs.
-        confidence: The margin by which the target's logit must lead. By default a fifty-thousandth
-            of the spread of the clean image's logits, which survives another batch size or
-            precision.
+        logits_fn: The model: logits `(classes,)` of ONE example. Any pure function will do:
+            `lambda x: model.apply(params, x)`.
+        box: `(lower, upper)`, each broadcast to the image; [0, 1] by default.
+        solver: The bounded minimiser of the sub-problems.
+        confidence: The margin by which the target's logit must exceed the others. By default a
+            fifty-thousandth of the spread of the clean image's logits, which survives another batch
+            size or precision.
         tol: The sub-problems' final tolerance: the projected gradient's length beside that of `r`.
             The distance exceeds the optimum by the order of its square: 1e-2 means 1e-4.
-        max_evals: The most evaluations of the model's value and gradient, with those of `start`.
-        start: Where to begin: `attacks.decoupled()` finds nearer images of large networks, which
-            have many local minima. By default the image itself, which on small ones is as good.
-        rough: Whether to cut the sub-problems short, after 12 evaluations instead of 50. It takes
-            half as many evaluations for convolutional nets, and twice as many for some others.
+        max_evals: The most evaluations of the model's value and gradient, those of `start`
+            included.
+        start: How to find the initial point of the search: `attacks.decoupled()` finds nearer
+            images of large networks, which have many local minima. By default the image itself.
+        rough: Whether to end the sub-problems early, after 12 evaluations instead of 50. It halves
+            the evaluations for convolutional networks, and doubles them for some others.
 
     Returns:
-        An `AttackResult`; its `weight` is the sum of the multipliers, by how much `||r||^2 / 2`
-        grows with the margin asked for. Nothing that the data do raises (`status` tells), and the
-        image is never left out of the box, nor NaN. `jax.grad` takes the result for a constant.
+        An `Attack`: `(x, target) -> AttackResult`, where `target` is the class to reach. The
+        `multiplier` of a result is the sum of the multipliers: by how much `||r||^2 / 2` grows with
+        the margin asked for.
 
     Raises:
-        TypeError: If `x` is not floating, `target` not an integer, or `logits_fn` no function.
-        ValueError: If `logits_fn` does not return `(classes,)`, a bound does not broadcast to `x`,
-            or an option is out of its range.
+        TypeError: If `logits_fn` is no function.
+        ValueError: If `box` is not a pair, or an option is out of its range.
 
-    Source: Szegedy et al. (2013), section 4.1; Nocedal and Wright (2006), section 17.4, for the
+    Reference: Szegedy et al. (2013), section 4.1; Nocedal and Wright (2006), section 17.4, for the
     augmented Lagrangian with a box.
     """
-    return run(
-        lambda logits_fn, box: minimum_norm_machine(
-            logits_fn,
-            box=box,
-            solver=solver,
-            confidence=confidence,
-            tol=tol,
-            max_evals=max_evals,
-            start=start,
-            rough=rough,
-        ),
-        logits_fn,
-        x,
-        target,
-        box,
-    )
-
-
-def minimum_norm_machine(
-    logits_fn: LogitsFn,
-    *,
-    box: Box | tuple = Box(),  # noqa: B008
-    solver: Solver = lbfgsb(tol=0, first_step=1 / (1 + _FIRST_PENALTY)),  # noqa: B008
-    confidence: float | None = None,
-    tol: float = 1e-2,
-    max_evals: int = 500,
-    start: Start | None = None,
-    rough: bool = False,
-) -> Machine:
-    """The machine behind `minimum_norm`, for whoever runs the steps; the same options."""
-    confidence = None if confidence is None else checks.number("confidence", confidence, minimum=0)
-    tol = checks.number("tol", tol, minimum=0, exclusive=True)
     max_evals = checks.positive_int("max_evals", max_evals)
     if start is not None and max_evals < start.num_evals + 2:
         raise ValueError(
             f"max_evals: {max_evals}, expected at least {start.num_evals + 2}: those of the start, "
-            "of the image and of one step."
+            "of the image and of one step; raise max_evals or shorten the start."
         )
+    method = Search(
+        formulation=AugmentedLagrangian(
+            goal=0.0 if confidence is None else checks.number("confidence", confidence, minimum=0),
+            tol=checks.number("tol", tol, minimum=0, exclusive=True),
+            first_tol=_FIRST_ROUGH_TOLERANCE if rough else _FIRST_TOLERANCE,
+        ),
+        solver=solver,
+        confidence=None if confidence is None else float(confidence),
+        max_evals=max_evals,
+        max_evals_per_solve=12 if rough else 50,
+        start=start,
+    )
+    return Attack(logits_fn, Box(*checks.pair("box", box)), method)
 
-    def init(r: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct) -> _Multipliers:
-        def number(value: float):
+
+class _Multipliers(NamedTuple):
+    multipliers: Float[Array, " classes"]  # 0 for the target itself
+    penalty: Float[Array, ""]
+    penalty_limit: Float[Array, ""]
+    violation: Float[Array, ""]
+    tolerance: Float[Array, ""]
+    goal: Float[Array, ""]  # the margin in the constraints: a little over the one asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentedLagrangian:
+    """The augmented Lagrangian of problem (1), with a multiplier for each class.
+
+    Args:
+        goal: The margin asked for, as far as it is known before the clean image is seen.
+        tol: The final tolerance of the sub-problems.
+        first_tol: The tolerance of the first one.
+    """
+
+    goal: float
+    tol: float
+    first_tol: float
+
+    def init(self, r: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct) -> _Multipliers:
+        """Return multipliers of 0 and a penalty of 1."""
+
+        def number(value: float) -> Float[Array, ""]:
             return jnp.full((), value, r.dtype)
 
         return _Multipliers(
@@ -132,24 +126,38 @@ def minimum_norm_machine(
             penalty=number(1),
             penalty_limit=number(jnp.inf),
             violation=number(jnp.inf),
-            tolerance=number(max(tol, _FIRST_ROUGH_TOLERANCE if rough else _FIRST_TOLERANCE)),
-            goal=number(confidence or 0),
+            tolerance=number(max(self.tol, self.first_tol)),
+            goal=number(self.goal),
         )
 
-    def other(params: _Multipliers, logits, target):
+    def size(self, r: Float[Array, "*shape"]) -> Float[Array, ""]:
+        """Half the squared length."""
+        return losses.squared_l2(r) / 2
+
+    def loss(
+        self, params: _Multipliers, logits: Float[Array, " classes"], target: Int[Array, ""]
+    ) -> Float[Array, ""]:
+        """What multipliers and penalty charge for the violation of the constraints."""
         return losses.squared_l2(_estimates(params, logits, target)) / (2 * params.penalty)
 
-    def first(params: _Multipliers, view: View) -> Verdict:
+    def tolerance(self, params: _Multipliers) -> Float[Array, ""]:
+        """That of the current sub-problem."""
+        return params.tolerance
+
+    def multiplier(self, params: _Multipliers, view: View) -> Float[Array, ""]:
+        """The sum of the multipliers."""
+        return jnp.sum(_estimates(params, view.logits, view.target))
+
+    def first(self, params: _Multipliers, view: View) -> Verdict:
         """Scale the penalty by the gradient just seen, linear in it while the multipliers are 0.
 
-        By the mean slope on the way to the start, where that is known.
+        By the mean slope on the way to the initial point, where that is known.
         """
-        excess = view.value - view.size  # half the squared violation
-        square = losses.squared_l2(view.grad - view.size_grad)
-        lead = jnp.max(_constraints(params, view.logits, view.target))
-        far = (view.start_size > 0) & (lead > 0)
-        rise = jnp.where(far, 2 * view.start_size, 2 * excess)
-        run = jnp.where(far, lead**2, square)
+        square = losses.squared_l2(view.loss_grad)
+        violation = jnp.max(_constraints(params, view.logits, view.target))
+        far = (view.start_size > 0) & (violation > 0)
+        rise = jnp.where(far, 2 * view.start_size, 2 * view.loss)
+        run = jnp.where(far, violation**2, square)
         usable = run > 0
         penalty = jnp.where(usable, _FIRST_PENALTY * rise / jnp.where(usable, run, 1), 1)
         params = params._replace(
@@ -157,14 +165,9 @@ def minimum_norm_machine(
             penalty_limit=_PENALTY_LIMIT * penalty,
             goal=view.goal + view.resolution,
         )
-        return Verdict(
-            params=params,
-            ratio=penalty,
-            finished=jnp.bool_(False),
-            exhausted=~usable,
-        )
+        return Verdict(params=params, factor=penalty, finished=jnp.bool_(False), exhausted=~usable)
 
-    def solved(params: _Multipliers, view: View) -> Verdict:
+    def solved(self, params: _Multipliers, view: View) -> Verdict:
         """Take the estimates for multipliers, and raise the penalty where they came too slowly."""
         estimates = _estimates(params, view.logits, view.target)
         # How far each constraint is from holding together with its multiplier: 0 at the solution.
@@ -179,50 +182,26 @@ def minimum_norm_machine(
         finished = (
             view.reached
             & (gap <= jnp.maximum(_GAP * square, view.resolution * jnp.sum(estimates)))
-            & (view.error <= tol * jnp.sqrt(square))
+            & (view.error <= self.tol * jnp.sqrt(square))
         )
         params = params._replace(
             multipliers=estimates,
             penalty=penalty,
             violation=violation,
-            tolerance=jnp.maximum(_TOLERANCE_FALL * params.tolerance, tol),
+            tolerance=jnp.maximum(_TOLERANCE_FALL * params.tolerance, self.tol),
         )
         return Verdict(
             params=params,
-            ratio=jnp.full_like(penalty, jnp.inf),
+            factor=jnp.full_like(penalty, jnp.inf),
             finished=finished,
             exhausted=penalty > params.penalty_limit,
         )
-
-    method = Method(
-        init=init,
-        size=_half_square,
-        other=other,
-        tolerance=lambda params: params.tolerance,
-        weight=lambda params, view: jnp.sum(_estimates(params, view.logits, view.target)),
-        first=first,
-        solved=solved,
-    )
-    return machine(
-        method,
-        logits_fn,
-        box=box,
-        solver=solver,
-        confidence=confidence,
-        max_evals=max_evals,
-        max_evals_per_solve=12 if rough else 50,
-        start=start,
-    )
-
-
-def _half_square(r: Float[Array, "*shape"]) -> Float[Array, ""]:
-    return losses.squared_l2(r) / 2
 
 
 def _constraints(
     params: _Multipliers, logits: Float[Array, " classes"], target: Int[Array, ""]
 ) -> Float[Array, " classes"]:
-    """What must not be positive: each class's lead over the target, and the margin on top."""
+    """What must not be positive: by how much each class exceeds the target, and the margin on top."""
     others = jnp.arange(len(logits)) != target
     return jnp.where(others, logits - logits[target] + params.goal, -jnp.inf)
 

@@ -1,11 +1,11 @@
 """Finished images on disk, such that a run can be killed at any moment and go on."""
 
+import dataclasses
 import hashlib
 import json
 import time
 import types
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from advjax.attacks import AttackResult, Machine
+from advjax.attacks import Attack, AttackResult
 from advjax.files import write_whole
-from advjax.runner.lanes import Program
 
 _SECONDS = 1.0  # between two writes, and so what a kill can cost
 _MANIFEST = "run.json"
@@ -80,39 +79,38 @@ class Checkpoint:
         self._pending, self._written = [], time.monotonic()
 
 
-def fingerprint(
-    attack: Callable[..., AttackResult] | Machine,
-    program: Program,
-    xs: np.ndarray,
-    targets: np.ndarray,
-) -> dict[str, Any]:
+def fingerprint(attack: Attack, xs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     """What identifies a run, in parts that a reader can compare.
 
-    The program's text stands for the model, the attack and their options; it differs between
+    The text of the program stands for the model, the attack and their options; it differs between
     versions of JAX too.
     """
 
-    def one_step(arrays, x, target):
-        machine = program._replace(arrays=arrays).machine()
-        state = machine.step(machine.init(x, target))
-        return machine.done(state), machine.result(state)
+    def one_step(attack, x, target):
+        state = attack.step(attack.init(x, target))
+        return attack.done(state), attack.result(state)
 
-    text = jax.jit(one_step).lower(program.arrays, xs[0], targets[0]).as_text() if len(xs) else ""
-    function = getattr(attack, "func", attack)
-    options = getattr(attack, "keywords", {})
+    text = jax.jit(one_step).lower(attack, xs[0], targets[0]).as_text() if len(xs) else ""
     return {
         "jax": jax.__version__,
-        "attack": getattr(function, "__name__", type(function).__name__),
-        "options": {
-            name: value
-            for name, value in options.items()
-            if isinstance(value, bool | int | float | str | None)
-        },
+        "attack": _options(attack.method),
         "program": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "parameters": _digest(*program.arrays),
+        "parameters": _digest(*jax.tree.leaves(attack)),
         "xs": f"{xs.dtype} {xs.shape} {_digest(xs)}",
         "targets": f"{targets.shape} {_digest(targets)}",
     }
+
+
+def _options(method: Any) -> dict[str, Any]:
+    """The numbers and names among the options of a method; the program tells the rest apart."""
+    options: dict[str, Any] = {"method": type(method).__name__}
+    for field in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
+        value = getattr(method, field.name)
+        if dataclasses.is_dataclass(value):
+            options[field.name] = _options(value)
+        elif isinstance(value, bool | int | float | str | None):
+            options[field.name] = value
+    return options
 
 
 def _digest(*arrays: Any) -> str:

@@ -11,20 +11,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int
 
 from advjax import checks
-from advjax.attacks import AttackResult, Machine
+from advjax.attacks import Attack, AttackResult
 from advjax.progress import bar
 from advjax.runner.checkpoint import Checkpoint, fingerprint
-from advjax.runner.lanes import Program, attack_in_lanes, lane
+from advjax.runner.lanes import as_attack, attack_in_lanes, lane
 from advjax.runner.memory import default_batch_size
+from advjax.types import Box
 
 _GATHER_BYTES = 64 << 20  # that processes exchange at a time
+_CHECK_BYTES = 64 << 20  # of images that are read at a time to see whether they are in the box
 
 
 def attack_images(
-    attack: Callable[..., AttackResult] | Machine,
+    attack: Attack | Callable[..., AttackResult],
     xs: Float[ArrayLike, "n *shape"],
     targets: Int[ArrayLike, " n"],
     *,
@@ -36,17 +38,17 @@ def attack_images(
     """Attack any number of images, on every device there is.
 
     One program of fixed shapes attacks a batch at a time, and an image that is finished makes room
-    for the next one, so that a slow image holds up nobody. What comes out for an image does not
-    depend on the batch size, the devices or its place, but for the rounding of matrix products.
+    for the next one (continuous batching), so that slow images do not stall the batch. The result
+    for an image does not depend on the batch size, the devices or its place, except for the
+    rounding of matrix products.
 
     Args:
-        attack: `functools.partial(attacks.minimum_norm, logits_fn)` or `attacks.lbfgs` likewise,
-            with any options; a `Machine`; or any other function `(x, target) -> AttackResult` that
-            can be jitted, which runs in plain batches. Arrays inside `functools.partial` or another
-            pytree, a net's parameters, are arguments of the compiled program: a second net of the
-            same shape does not compile again.
+        attack: The attack: `attacks.minimum_norm(logits_fn)`, or any other `Attack`; or any function
+            `(x, target) -> AttackResult` that can be jitted, which runs in plain batches. The
+            model's parameters are arguments of the compiled program: a second model of the same
+            shapes does not compile again.
         xs: The images, in memory or a `np.memmap`; the devices see a batch at a time.
-        targets: For each the class to reach (for `attacks.untargeted`: to leave).
+        targets: For each the class to reach (for `attacks.untargeted`: the label to leave).
         batch_size: How many images each device has in work, by default between 8 and 512: as many
             as leave the attack's state in a CPU's cache; or, with all that the model's gradient
             holds at a time, in half an accelerator's memory.
@@ -64,25 +66,29 @@ def attack_images(
 
     Raises:
         TypeError: If `xs` is not floating, `targets` not integers, or `mesh` no mesh.
-        ValueError: If the two differ in length, `batch_size` is not a positive integer, `mesh` has
+        ValueError: If the two differ in length, an image lies outside the box, `batch_size` is not a positive integer, `mesh` has
             no device of this process, or `directory` holds another run; the message tells in what
             it differs.
         OSError: If `directory` cannot be written. What it holds by then counts for the next call.
     """
     xs, targets = _examples(xs, targets)
     devices = _local_devices(mesh)
-    program = Program.of(attack)
-    state, results = _shapes(program, xs)
+    if isinstance(attack, Attack):
+        _check_inside(xs, attack.box)
+    example = jax.ShapeDtypeStruct(xs.shape[1:], jax.dtypes.canonicalize_dtype(xs.dtype))
+    attack = as_attack(attack, example)
+    state, result = lane.eval_shape(attack, example, jax.ShapeDtypeStruct((), np.int32))
+    results = jax.tree.map(lambda leaf: np.zeros((len(xs), *leaf.shape), leaf.dtype), result)
     share = np.arange(len(xs))[jax.process_index() :: jax.process_count()]
     if batch_size is None:
-        batch_size = default_batch_size(program, state, xs[:1], devices[0])
+        batch_size = default_batch_size(attack, state, xs[:1], devices[0])
     batch_size = checks.positive_int("batch_size", batch_size)
     batch_size = max(1, min(batch_size, -(-len(share) // len(devices))))
 
     with contextlib.ExitStack() as stack:
         queue, add = share, None
         if directory is not None:
-            run = fingerprint(attack, program, xs, targets)
+            run = fingerprint(attack, xs, targets)
             checkpoint = stack.enter_context(Checkpoint(Path(directory), run))
             queue, add = np.setdiff1d(share, checkpoint.restore(results)), checkpoint.add
         shown = None
@@ -91,7 +97,7 @@ def attack_images(
             shown = bar(desc=title, total=len(share), initial=done, unit="image")
             stack.enter_context(shown)
         for images, finished in attack_in_lanes(
-            program, xs, targets, queue, devices=devices, batch_size=batch_size
+            attack, xs, targets, queue, devices=devices, batch_size=batch_size
         ):
             for field, values in zip(results, finished, strict=True):
                 field[images] = values
@@ -128,12 +134,10 @@ def _local_devices(mesh: Mesh | None) -> list[jax.Device]:
     return local
 
 
-def _shapes(program: Program, xs: np.ndarray) -> tuple[PyTree, AttackResult]:
-    """The shapes of one lane's state, and the results of all images, yet 0."""
-    example = jax.ShapeDtypeStruct(xs.shape[1:], jax.dtypes.canonicalize_dtype(xs.dtype))
-    target = jax.ShapeDtypeStruct((), np.int32)
-    state, result = lane.eval_shape(program.static, program.arrays, example, target)
-    return state, jax.tree.map(lambda leaf: np.zeros((len(xs), *leaf.shape), leaf.dtype), result)
+def _check_inside(xs: np.ndarray, box: Box) -> None:
+    step = max(1, _CHECK_BYTES // max(1, xs[:1].nbytes))
+    for start in range(0, len(xs), step):
+        checks.inside("xs", xs[start : start + step], box)
 
 
 def _gather(results: AttackResult) -> AttackResult:

@@ -1,14 +1,15 @@
 """The engine: a fixed number of images at a time, each replaced by the next one when it is done.
 
-A lane is the state of one image's attack. All lanes of all devices are stepped together, by a
-program of fixed shapes; after each turn the finished ones are read and their lanes given to new
-images (continuous batching), so that a slow image holds up nobody. A turn's traffic with the host
-is that of the lanes that change hands.
+A lane is the state of one image's attack. One program of fixed shapes steps the lanes of all
+devices together. After each turn the finished lanes are read and given to new images (continuous
+batching), so that slow images do not stall the batch. Only the lanes that change hands travel
+between host and devices.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,47 +17,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from advjax import attacks
-from advjax.attacks import AttackResult, Machine
+from advjax import checks
+from advjax.attacks import Attack, AttackResult
+from advjax.functions import Function
+from advjax.types import Box
 
 AXIS = "images"  # the one axis of the mesh
 TURNOVER = 6  # a turn waits for one lane in so many; half as many are idle on average
-
-_ARRAY = object()  # stands where an array was
-
-_MACHINES: dict[Callable, Callable[..., Machine]] = {
-    attacks.lbfgs: attacks.lbfgs_machine,
-    attacks.minimum_norm: attacks.minimum_norm_machine,
-}
-
-
-class Program(NamedTuple):
-    """An attack in two parts, such that another net of the same shape needs no compilation."""
-
-    static: Any
-    """What the compiled program depends on: functions, options, the structure."""
-    arrays: Sequence[Array | np.ndarray]
-    """What it takes as arguments: parameters, array-valued bounds."""
-
-    @classmethod
-    def of(cls, attack: Callable[..., AttackResult] | Machine) -> "Program":
-        """Takes the arrays out of an attack; `functools.partial` is looked into."""
-        leaves, structure = jax.tree.flatten(_as_pytree(attack))
-        arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
-        rest = [_ARRAY if isinstance(leaf, jax.Array | np.ndarray) else leaf for leaf in leaves]
-        return cls((structure, tuple(rest)), arrays)
-
-    def machine(self) -> Machine:
-        """The flat machine of the attack, or one whose only step is the whole attack."""
-        structure, rest = self.static
-        arrays = iter(self.arrays)
-        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in rest]
-        attack = jax.tree.unflatten(structure, leaves)
-        if isinstance(attack, Machine):
-            return attack
-        if isinstance(attack, functools.partial) and attack.func in _MACHINES:
-            return _MACHINES[attack.func](*attack.args, **attack.keywords)
-        return _single_step(attack)
 
 
 class Arrivals(NamedTuple):
@@ -78,7 +45,7 @@ class Departures(NamedTuple):
 
 
 def attack_in_lanes(
-    program: Program,
+    attack: Attack,
     xs: Float[np.ndarray, "n *shape"],
     targets: Int[np.ndarray, " n"],
     queue: Int[np.ndarray, " m"],
@@ -89,7 +56,7 @@ def attack_in_lanes(
     """Attack the images in the queue, in whatever order they come to an end.
 
     Args:
-        program: The attack.
+        attack: The attack.
         xs: All images.
         targets: A class for each.
         queue: Which to attack: indices into `xs`.
@@ -102,8 +69,7 @@ def attack_in_lanes(
     if not len(queue):
         return
     mesh = Mesh(np.asarray(devices), (AXIS,))
-    static = program.static
-    arrays = jax.device_put(program.arrays, NamedSharding(mesh, PartitionSpec()))
+    attack = jax.device_put(attack, NamedSharding(mesh, PartitionSpec()))
     places = -(-batch_size // TURNOVER)
     image_in = np.full((len(devices), batch_size), -1)  # lane: the image's index, or -1
 
@@ -135,14 +101,14 @@ def attack_in_lanes(
         return images, jax.tree.map(lambda leaf: leaf[finished], results)
 
     first = queue[0]
-    lanes = _start(static, arrays, xs[first], targets[first], mesh=mesh, batch_size=batch_size)
+    lanes = _start(attack, xs[first], targets[first], mesh=mesh, batch_size=batch_size)
     finished: tuple[np.ndarray, AttackResult] | None = None
     while len(queue) or np.any(image_in >= 0):
         arrivals = admit()
         filling = len(queue) > 0 and np.any(image_in < 0)
         occupied = (image_in >= 0).ravel()
         wanted = np.int32(0 if filling else places)
-        lanes, departures = _turn(static, arrays, lanes, occupied, arrivals, wanted, mesh=mesh)
+        lanes, departures = _turn(attack, lanes, occupied, arrivals, wanted, mesh=mesh)
         if finished is not None and len(finished[0]):
             yield finished  # while the devices are at work
         finished = dismiss(departures)
@@ -150,29 +116,24 @@ def attack_in_lanes(
         yield finished
 
 
-@functools.partial(jax.jit, static_argnames="static")
+@jax.jit
 def lane(
-    static: Any,
-    arrays: Sequence[Array | np.ndarray],
-    x: Float[Array, "*shape"],
-    target: Int[Array, ""],
+    attack: Attack, x: Float[Array, "*shape"], target: Int[Array, ""]
 ) -> tuple[PyTree[Array], AttackResult]:
     """One lane before its first step, and its result; jitted, so that its shapes are kept."""
-    machine = Program(static, arrays).machine()
-    state = machine.init(x, target)
-    return state, machine.result(state)
+    state = attack.init(x, target)
+    return state, attack.result(state)
 
 
-@functools.partial(jax.jit, static_argnames="static")
-def step(static: Any, arrays: Sequence[Array | np.ndarray], state: PyTree[Array]) -> PyTree[Array]:
+@jax.jit
+def step(attack: Attack, state: PyTree[Array]) -> PyTree[Array]:
     """One step of a lane; jitted, so that it is traced once for what it would hold in memory."""
-    return Program(static, arrays).machine().step(state)
+    return attack.step(state)
 
 
-@functools.partial(jax.jit, static_argnames=("static", "mesh", "batch_size"))
+@functools.partial(jax.jit, static_argnames=("mesh", "batch_size"))
 def _start(
-    static: Any,
-    arrays: Sequence[Array | np.ndarray],
+    attack: Attack,
     x: Float[Array, "*shape"],
     target: Int[Array, ""],
     *,
@@ -180,7 +141,7 @@ def _start(
     batch_size: int,
 ) -> PyTree[Array]:
     """Lanes before the first turn, all of the same image: no state is made of nothing."""
-    state = Program(static, arrays).machine().init(x, target)
+    state = attack.init(x, target)
     split = NamedSharding(mesh, PartitionSpec(AXIS))
 
     def spread(leaf):
@@ -190,10 +151,9 @@ def _start(
     return jax.tree.map(spread, state)
 
 
-@functools.partial(jax.jit, static_argnames=("static", "mesh"), donate_argnames="lanes")
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="lanes")
 def _turn(
-    static: Any,
-    arrays: Sequence[Array | np.ndarray],
+    attack: Attack,
     lanes: PyTree[Array],
     occupied: Bool[Array, " lanes"],
     arrivals: Arrivals,
@@ -207,23 +167,22 @@ def _turn(
     wanted steps until all of them are finished.
     """
 
-    def on_one_device(arrays, lanes, occupied, arrivals, wanted):
-        machine = Program(static, arrays).machine()
-        new = jax.vmap(machine.init)(arrivals.xs, arrivals.targets)
+    def on_one_device(attack, lanes, occupied, arrivals, wanted):
+        new = jax.vmap(attack.init)(arrivals.xs, arrivals.targets)
         lanes = jax.tree.map(
             lambda old, some: old.at[arrivals.lanes].set(some, mode="drop"), lanes, new
         )
 
         def finished(lanes):
-            return occupied & jax.vmap(machine.done)(lanes)
+            return occupied & jax.vmap(attack.done)(lanes)
 
         enough = jnp.minimum(wanted, jnp.sum(occupied))
         lanes = jax.lax.while_loop(
-            lambda lanes: jnp.sum(finished(lanes)) < enough, jax.vmap(machine.step), lanes
+            lambda lanes: jnp.sum(finished(lanes)) < enough, jax.vmap(attack.step), lanes
         )
         done = finished(lanes)
         first = jnp.argsort(~done, stable=True)[: len(arrivals.lanes)].astype(jnp.int32)
-        results = jax.vmap(machine.result)(jax.tree.map(lambda leaf: leaf[first], lanes))
+        results = jax.vmap(attack.result)(jax.tree.map(lambda leaf: leaf[first], lanes))
         return lanes, Departures(first, done[first], results)
 
     split, whole = PartitionSpec(AXIS), PartitionSpec()
@@ -233,37 +192,51 @@ def _turn(
         in_specs=(whole, split, split, split, whole),
         out_specs=(split, split),
         check_vma=False,  # the devices' loops run independently of each other
-    )(arrays, lanes, occupied, arrivals, wanted)
+    )(attack, lanes, occupied, arrivals, wanted)
 
 
-def _as_pytree(attack: Any) -> Any:
-    if not isinstance(attack, functools.partial):
-        return attack
-    return jax.tree_util.Partial(
-        attack.func,
-        *map(_as_pytree, attack.args),
-        **{name: _as_pytree(value) for name, value in attack.keywords.items()},
-    )
+def as_attack(
+    attack: Attack | Callable[..., AttackResult], x: Float[Array, "*shape"] | jax.ShapeDtypeStruct
+) -> Attack:
+    """Return the attack on images like `x`, with every array that it holds as a leaf.
+
+    Any other function of an image and a class becomes an attack of a single step.
+    """
+    if isinstance(attack, Attack):
+        return attack.hoist(x)
+    checks.model("attack", attack)
+    target = jax.ShapeDtypeStruct((), jnp.int32)
+    return Attack(Function(attack).hoist(x, target), Box(), _Whole())
 
 
-class _Whole(NamedTuple):
+class _WholeState(NamedTuple):
     x: Float[Array, "*shape"]
     target: Int[Array, ""]
     result: AttackResult
     done: Bool[Array, ""]
 
 
-def _single_step(attack: Callable[..., AttackResult]) -> Machine:
-    def init(x, target):
-        shapes = jax.eval_shape(attack, x, target)
-        result = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return _Whole(x, target, result, jnp.bool_(False))
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Whole:
+    """The method of a function `(x, target) -> AttackResult`, which stands in the model's place."""
 
-    def step(state: _Whole):
-        new = attack(state.x, state.target)
+    def init(
+        self, attack: Attack, x: Float[Array, "*shape"], target: Int[Array, ""]
+    ) -> _WholeState:
+        shapes = jax.eval_shape(attack.logits_fn, x, target)
+        result = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return _WholeState(x, target, result, jnp.bool_(False))
+
+    def step(self, attack: Attack, state: _WholeState) -> _WholeState:
+        new = attack.logits_fn(state.x, state.target)
         result = jax.tree.map(lambda a, b: jnp.where(state.done, a, b), state.result, new)
         # The image changes, as XLA would take the attack out of a loop in which nothing does, and
         # run it at every turn; and to one that takes no time if the lane is stepped again.
-        return _Whole(new.x_adv, state.target, result, jnp.bool_(True))
+        return _WholeState(new.x_adv, state.target, result, jnp.bool_(True))
 
-    return Machine(init, step, lambda state: state.done, lambda state: state.result)
+    def done(self, attack: Attack, state: _WholeState) -> Bool[Array, ""]:
+        return state.done
+
+    def result(self, attack: Attack, state: _WholeState) -> AttackResult:
+        return state.result

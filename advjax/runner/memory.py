@@ -9,7 +9,8 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Float, PyTree
 
-from advjax.runner.lanes import Program, step
+from advjax.attacks import Attack
+from advjax.runner.lanes import step
 
 _CPU_BYTES = 4 << 20  # of the lanes' states: about what stays in a core's cache
 _MEMORY_SHARE = 1 / 2  # of an accelerator's memory
@@ -18,7 +19,7 @@ _BATCH_SIZES = (8, 512)  # the least and the most lanes by default
 
 
 def default_batch_size(
-    program: Program,
+    attack: Attack,
     state: PyTree[jax.ShapeDtypeStruct],
     x: Float[np.ndarray, "1 *shape"],
     device: jax.Device,
@@ -26,7 +27,7 @@ def default_batch_size(
     """The number of lanes on a device: for a CPU's cache, or for an accelerator's memory.
 
     Args:
-        program: The attack.
+        attack: The attack.
         state: The shapes of one lane's state.
         x: An image.
         device: One of those that it will run on.
@@ -37,7 +38,7 @@ def default_batch_size(
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         budget = int(_MEMORY_SHARE * stats.get("bytes_limit", 8 << 30))
-        lane_bytes += peak_bytes(step.trace(program.static, program.arrays, state).jaxpr.jaxpr)
+        lane_bytes += peak_bytes(step.trace(attack, state).jaxpr.jaxpr)
     return int(np.clip(budget // lane_bytes, *_BATCH_SIZES))
 
 

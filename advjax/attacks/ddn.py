@@ -1,5 +1,6 @@
 """Where a search may start, other than from the image itself."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,10 +48,12 @@ def decoupled(*, num_steps: int = 30) -> Start:
     Source: Rony et al. (2019), arXiv:1811.09600: Decoupled Direction and Norm, algorithm 1; here
     with a first radius that follows from the gradient.
     """
-    num_steps = checks.positive_int("num_steps", num_steps)
+    return _decoupled(checks.positive_int("num_steps", num_steps))
 
-    # A pytree, so that a program is compiled once for every start of as many steps.
-    return Start(jax.tree_util.Partial(_walk, num_steps=num_steps), num_steps)
+
+@functools.cache  # equal options make equal starts, which share one compilation
+def _decoupled(num_steps: int) -> Start:
+    return Start(functools.partial(_walk, num_steps=num_steps), num_steps)
 
 
 def _walk(

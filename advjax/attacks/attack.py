@@ -1,0 +1,160 @@
+"""What an attack is: a pure function of one image, bound to a model, and a pytree."""
+
+import dataclasses
+import warnings
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from advjax import checks, sharding
+from advjax.attacks.result import AttackResult
+from advjax.functions import Function
+from advjax.types import Box, LogitsFn
+
+
+class Method(Protocol):
+    """What tells one attack from another: four pure functions of an attack and one image.
+
+    A method is a pytree, most often one without leaves: a frozen dataclass of options, compared by
+    value and registered by `jax.tree_util.register_static`. It reads the model and the box off the
+    attack that it is handed, so that one method attacks every model.
+    """
+
+    def init(self, attack: "Attack", x: Float[Array, "*shape"], target: Int[Array, ""]) -> Any:
+        """Return the state before the first step, without a gradient of the model."""
+
+    def step(self, attack: "Attack", state: Any) -> Any:
+        """Make one value_and_grad of the model; leave the result as it is once done."""
+
+    def done(self, attack: "Attack", state: Any) -> Bool[Array, ""]:
+        """Whether the attack has ended."""
+
+    def result(self, attack: "Attack", state: Any) -> AttackResult:
+        """Return the outcome as it stands, from one prediction of the model."""
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attack:
+    """An attack on one model: to a model what `jax.grad(f)` is to a function.
+
+    Call it with an image and a class, under `jax.jit`, `jax.vmap` and `jax.shard_map` as you like;
+    to `jax.grad` its result is a constant. It is a pytree as well, whose leaves are the arrays that
+    the model binds and the box: pass it to a compiled function, and another model of the same
+    shapes does not compile again.
+
+    Whoever runs the steps himself calls `init`, then `step` until `done`, then `result`. A step
+    makes one value_and_grad of the model.
+
+    Args:
+        logits_fn: The model: logits `(classes,)` of ONE example. Any callable, or callable pytree.
+        box: `(lower, upper)`, each broadcast to the image.
+        method: What is done with them.
+
+    Raises:
+        TypeError: If `logits_fn` is no function.
+        ValueError: If `box` is not a pair.
+    """
+
+    logits_fn: LogitsFn
+    box: Box
+    method: Method
+
+    def __post_init__(self) -> None:
+        checks.model("logits_fn", self.logits_fn)
+        box = Box(*(_leaf(bound) for bound in checks.pair("box", self.box)))
+        object.__setattr__(self, "logits_fn", Function(self.logits_fn))
+        object.__setattr__(self, "box", box)
+
+    def __call__(self, x: Float[Array, "*shape"], target: Int[Array, ""] | int) -> AttackResult:
+        """Attack one image.
+
+        Args:
+            x: The image, of any shape, floating, in the box.
+            target: The class to reach; for an untargeted attack the label to leave.
+
+        Returns:
+            An `AttackResult`. Nothing that traced data do raises; the `status` tells.
+
+        Raises:
+            TypeError: If `x` is not floating or `target` not an integer.
+            ValueError: If the model does not return `(classes,)`, a bound does not broadcast to
+                `x`, or `x` is known to lie outside the box.
+        """
+        x = checks.floating("x", x)
+        checks.inside("x", x, self.box)
+        attack = self.hoist(x)
+        if not isinstance(x, jax.core.Tracer):
+            _warn_of_probabilities(_looks_like_probabilities(attack.logits_fn, x))
+        return _run(*jax.lax.stop_gradient((attack, x)), target)
+
+    def init(self, x: Float[Array, "*shape"], target: Int[Array, ""] | int) -> Any:
+        """Return the state before the first step."""
+        state = self.method.init(self, checks.floating("x", x), target)  # type: ignore[arg-type]
+        return sharding.vary_like(state, (self, x, target))
+
+    def step(self, state: Any) -> Any:
+        """Make one value_and_grad of the model; a step beyond the end changes no result."""
+        return self.method.step(self, state)
+
+    def done(self, state: Any) -> Bool[Array, ""]:
+        """Whether the attack has ended."""
+        return self.method.done(self, state)
+
+    def result(self, state: Any) -> AttackResult:
+        """Return the outcome as it stands."""
+        return self.method.result(self, state)
+
+    def hoist(self, x: Float[Array, "*shape"]) -> "Attack":
+        """Return the same attack, on images like `x` alone, with all arrays of the model as leaves.
+
+        What the model closes over, as a lambda does over parameters, becomes an argument of the
+        compiled program too; `__call__` and the runner do this by themselves.
+        """
+        checks.logits(self.logits_fn, x)
+        return dataclasses.replace(self, logits_fn=Function(self.logits_fn).hoist(x))
+
+    def tree_flatten_with_keys(self) -> tuple[Any, None]:
+        """Split into the three fields, each of which is a pytree."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> "Attack":
+        """Join the fields, whatever stands in for them, without the checks."""
+        attack = object.__new__(cls)
+        for field, child in zip(dataclasses.fields(cls), children, strict=True):
+            object.__setattr__(attack, field.name, child)
+        return attack
+
+
+@jax.jit
+def _run(attack: Attack, x: Float[Array, "*shape"], target: Int[Array, ""]) -> AttackResult:
+    end = jax.lax.while_loop(
+        lambda state: ~attack.done(state), attack.step, attack.init(x, target)
+    )
+    return attack.result(end)
+
+
+def _leaf(bound: Any) -> Any:
+    return bound if isinstance(bound, jax.Array | np.ndarray) else np.asarray(bound)
+
+
+@jax.jit
+def _looks_like_probabilities(
+    logits_fn: LogitsFn, x: Float[Array, "*shape"]
+) -> Bool[Array, ""]:
+    logits = logits_fn(x)
+    return jnp.all(logits >= 0) & (jnp.abs(jnp.sum(logits) - 1) < 1e-2)
+
+
+def _warn_of_probabilities(found: Bool[Array, ""]) -> None:
+    if not isinstance(found, jax.core.Tracer) and found:
+        warnings.warn(
+            "logits_fn: returns numbers that are positive and sum to 1, expected logits; attack "
+            "the model without its softmax, as the gradient of probabilities vanishes.",
+            stacklevel=3,
+        )

@@ -1,0 +1,104 @@
+"""What an attack returns, and what it returns for data that it cannot begin with."""
+
+import enum
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from advjax import checks
+from advjax.types import Box
+
+
+class Status(enum.IntEnum):
+    """Where an attack stands, or why it ended."""
+
+    RUNNING = 0
+    CONVERGED = 1
+    """The search met its tolerance: no nearer image was in sight."""
+    ALREADY_TARGET = 2
+    """The model gives the image the target class as it is: nothing had to be done."""
+    BUDGET = 3
+    """The evaluations ran out. `success` tells whether the target was reached before; with a larger
+    `max_evals` the image would come nearer."""
+    STALLED = 4
+    """The target was reached, but the search could not meet its tolerance: typical of kinks and of
+    logits in half precision. The image is good, perhaps not the nearest."""
+    NOT_FOUND = 5
+    """The search ended without reaching the target, and more evaluations would not help: probably
+    no image in the box is given that class."""
+    NONFINITE = 6
+    """The image, or the model's logits or their gradient there, are infinite or NaN."""
+    INVALID_TARGET = 7
+    """The class is not one of the model's."""
+    EMPTY_BOX = 8
+    """A lower bound lies above its upper bound, or a bound is NaN: no image is allowed."""
+    OUTSIDE_BOX = 9
+    """The image lies outside the box: probably pixels in 0..255 with the box of [0, 1]. Scale the
+    image or pass its box. (Outside of `jit` and `vmap` this raises.)"""
+    VANISHING_GRADIENT = 10
+    """The gradient at the clean image is zero, or too small to lead anywhere in the box: the model
+    returns probabilities or predictions, not logits, or it stops or rounds gradients, or its units
+    are saturated. `success` tells whether the target was reached all the same; the distance then
+    says little. Return the logits before the softmax."""
+
+
+_UNTRIED = (Status.NONFINITE, Status.INVALID_TARGET, Status.EMPTY_BOX, Status.OUTSIDE_BOX)
+
+
+class AttackResult(NamedTuple):
+    """The outcome of an attack on one image.
+
+    Attributes:
+        x_adv: The adversarial image, in the box and finite. If none was found, the candidate whose
+            margin came nearest.
+        success: Whether the model gives `x_adv` the target class, recomputed from `x_adv`.
+        distortion: The RMS of `x_adv - x` over the entries of `x`, the paper's measure.
+        multiplier: How much the constraint weighs against the distance at the returned point: c for
+            `lbfgs`, the sum of the multipliers for `minimum_norm`. 0 where `x_adv` is the image.
+        prediction: The class of `x_adv`.
+        status: A `Status`.
+        num_evals: Evaluations of value and gradient of the model, line searches included.
+    """
+
+    x_adv: Float[Array, "*shape"]
+    success: Bool[Array, ""]
+    distortion: Float[Array, ""]
+    multiplier: Float[Array, ""]
+    prediction: Int[Array, ""]
+    status: Int[Array, ""]
+    num_evals: Int[Array, ""]
+
+
+def admission(
+    x: Float[Array, "*shape"], label: Int[Array, ""], num_classes: int, box: Box
+) -> Int[Array, ""]:
+    """Return `RUNNING`, or the `Status` of data that no attack can begin with.
+
+    Args:
+        x: The image.
+        label: The class that is asked about.
+        num_classes: The number of classes of the model.
+        box: `(lower, upper)`, each broadcast to `x`.
+    """
+    lower, upper = map(jnp.asarray, box)
+    return jnp.select(
+        [
+            ~jnp.all((lower <= upper) & (lower < jnp.inf) & (upper > -jnp.inf)),
+            ~jnp.all(jnp.isfinite(x)),
+            (label < 0) | (label >= num_classes),
+            checks.is_outside(x, box),
+        ],
+        [
+            jnp.int32(Status.EMPTY_BOX),
+            jnp.int32(Status.NONFINITE),
+            jnp.int32(Status.INVALID_TARGET),
+            jnp.int32(Status.OUTSIDE_BOX),
+        ],
+        jnp.int32(Status.RUNNING),
+    )
+
+
+def is_untried(status: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether a status says that the attack did not begin."""
+    return jnp.isin(status, jnp.array(_UNTRIED))
