@@ -128,7 +128,7 @@ def measure(options: Options, digits: Materials, seed: int) -> Row:
         fitted = fit(jax.random.key(seed), digits.train, steps=options.steps, **how)
         minutes = (time.monotonic() - start) / 60
         net = networks.Network(arm, RECIPE.model, fitted.params)
-        result = attack_victims(attacks.minimum_norm, net, chosen)
+        result = attack_victims(attacks.minimum_norm(net.logits_fn), chosen, arm)
         rows[arm] = {
             "arm": arm,
             "train_error": metrics.error_rate(net.logits_fn, *digits.train[:2]),
@@ -185,8 +185,8 @@ def thinned(
 def to_likeliest(key: Any, logits_fn: Any, x: Array, label: Array) -> Array:
     """An example moved just over the boundary to the likeliest other class."""
     del key
-    attack = functools.partial(attacks.lbfgs, tol=0.1, rtol=0.05, max_evals=60)
-    result = attacks.untargeted(attack, logits_fn, x, label, k=1)
+    attack = attacks.lbfgs(logits_fn, tol=0.1, rtol=0.05, max_evals=60)
+    result = attacks.untargeted(attack, k=1)(x, label)
     return jnp.where(result.success, result.x_adv, x)
 
 
@@ -200,40 +200,25 @@ def describe(content: Content) -> str:
     """Errors and distortions of each arm, and both less those of weight decay."""
     found = grouped(content, "arm")
     measured = markdown.table(
-        (
-            "arm",
-            "train error, %",
-            "test error, %",
-            "paper",
-            "distortion",
-            "RMS of its pools",
-            "minutes",
-        ),
-        (
-            (
-                arm,
-                markdown.number(statistics.over(rows, "train_error", scale=100), 2),
-                markdown.number(statistics.over(rows, "test_error", scale=100), 2),
-                paper.ADVERSARIAL_TRAINING.get(arm, "-"),
-                markdown.number(statistics.over(rows, "distortion")),
-                ", ".join(f"{rms:.3f}" for rms in np.mean([row["pools"] for row in rows], axis=0))
-                or "-",
-                f"{np.mean([row['minutes'] for row in rows]):.1f}",
-            )
-            for arm, rows in found.items()
-        ),
+        [
+            ("arm", arm),
+            ("train error, %", markdown.number(statistics.over(rows, "train_error", scale=100), 2)),
+            ("test error, %", markdown.number(statistics.over(rows, "test_error", scale=100), 2)),
+            ("paper", paper.ADVERSARIAL_TRAINING.get(arm, "-")),
+            ("distortion", markdown.number(statistics.over(rows, "distortion"))),
+            ("RMS of its pools", _rms_of_pools(rows)),
+            ("minutes", f"{statistics.over(rows, 'minutes').mean:.1f}"),
+        ]
+        for arm, rows in found.items()
     )
     differences = markdown.table(
-        ("arm", "test error, points", "distortion"),
-        (
-            (
-                arm,
-                markdown.number(_difference(found, arm, PLAIN, "test_error", scale=100), 2),
-                markdown.number(_difference(found, arm, PLAIN, "distortion")),
-            )
-            for arm in found
-            if arm != PLAIN
-        ),
+        [
+            ("arm", arm),
+            ("test error, points", markdown.number(_points(found, arm, PLAIN), 2)),
+            ("distortion", markdown.number(_difference(found, arm, PLAIN, "distortion"))),
+        ]
+        for arm in found
+        if arm != PLAIN
     )
     return f"""\
 {measured}
@@ -250,18 +235,15 @@ def claims(content: Content) -> list[Claim]:
     """Pools for all layers gain, one for the input does not, and higher ones gain more."""
     found = grouped(content, "arm")
 
-    def less(arm: str, other: str) -> statistics.Estimate:
-        return _difference(found, arm, other, "test_error", scale=100)
-
     def error(arm: str) -> str:
         return markdown.percent(float(np.mean([row["test_error"] for row in found[arm]])))
 
     printed = paper.ADVERSARIAL_TRAINING
-    rivals = {other: less(ALL, other) for other in (PLAIN, DROPPED)}
+    rivals = {other: _points(found, ALL, other) for other in (PLAIN, DROPPED)}
     gained = [_below(difference) for difference in rivals.values()]
-    alone = less(INPUT, PLAIN)
-    single = {arm: less(arm, PLAIN) for arm in POOLS if arm != ALL}
-    higher = _difference(found, "hidden2 pool", INPUT, "test_error", scale=100)
+    alone = _points(found, INPUT, PLAIN)
+    single = {arm: _points(found, arm, PLAIN) for arm in POOLS if arm != ALL}
+    higher = _points(found, "hidden2 pool", INPUT)
     robust = {arm: _difference(found, arm, PLAIN, "distortion") for arm in (INPUT, ALL, NOISE)}
     further = [robust[arm].low > 0 for arm in (INPUT, ALL)]
     return [
@@ -293,6 +275,16 @@ def claims(content: Content) -> list[Claim]:
             verdict(further),
         ),
     ]
+
+
+def _rms_of_pools(rows: Sequence[Row]) -> str:
+    means = np.mean([row["pools"] for row in rows], axis=0)
+    return ", ".join(f"{rms:.3f}" for rms in means) or "-"
+
+
+def _points(found: dict[str, list[Row]], arm: str, other: str) -> statistics.Estimate:
+    """The test error of one arm less that of the other, in percentage points."""
+    return _difference(found, arm, other, "test_error", scale=100)
 
 
 def _below(difference: statistics.Estimate) -> bool:

@@ -6,7 +6,6 @@ on after a kill, and ends in what it would have come to without.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from types import MappingProxyType
 
@@ -39,10 +38,10 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
     victim = networks.load_or_train(key, options.net, digits.train, steps=options.steps)
     chosen = victims(victim, digits.test, options.images)
     rows, found = [], {"test_images": chosen.indices, "targets": chosen.targets}
-    for attack in ATTACKS:
-        name = attack.__name__
+    for make in ATTACKS:
+        name = make.__name__
         result = runner.attack_images(
-            functools.partial(attack, victim.logits_fn),
+            make(victim.logits_fn),
             chosen.images,
             chosen.targets,
             directory=options.out / name,
@@ -64,16 +63,13 @@ def describe(content: Content) -> str:
     """A line for each attack."""
     (run,) = content["runs"]
     rows = markdown.table(
-        ("attack", "success", "mean distortion", "evaluations"),
-        (
-            (
-                row["attack"],
-                markdown.percent(row["success"]),
-                f"{row['distortion']:.5f}",
-                f"{row['evaluations']:.1f}",
-            )
-            for row in run["rows"]
-        ),
+        [
+            ("attack", row["attack"]),
+            ("success", markdown.percent(row["success"])),
+            ("mean distortion", f"{row['distortion']:.5f}"),
+            ("evaluations", f"{row['evaluations']:.1f}"),
+        ]
+        for row in run["rows"]
     )
     return f"""\
 {content["config"]["net"]}, {run["images"]} test images that it gets right:

@@ -17,7 +17,7 @@ Carlini-Wagner takes tens of thousands; both of ours at least 10 times as fast a
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -99,59 +99,41 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
 
 def our_ways(net: networks.Network, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
     """Both of our attacks."""
-    given = net.logits_fn, xs, targets
     return [
-        Way("minimum_norm", "advjax", lambda: many(attacks.minimum_norm, *given)),
-        Way("lbfgs", "advjax", lambda: many(attacks.lbfgs, *given)),
+        Way(make.__name__, "advjax", functools.partial(many, make(net.logits_fn), xs, targets))
+        for make in (attacks.minimum_norm, attacks.lbfgs)
     ]
 
 
 def slow_ways(net: networks.Network, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
     """The paper's attack with the solvers of others."""
-    jaxopt = functools.partial(attacks.lbfgs, solver=solvers.jaxopt_lbfgsb(tol=0))
-    given = (jaxopt, net.logits_fn, xs, targets)
+    given = attacks.lbfgs(net.logits_fn, solver=solvers.jaxopt_lbfgsb(tol=0)), xs, targets
     return [
-        Way("lbfgs, jaxopt", "jaxopt", lambda: batched(*given)),
-        Way(ONE_BY_ONE, "jaxopt", lambda: one_by_one(*given)),
-        Way("lbfgs, SciPy loop", "SciPy", lambda: scipy_loop(net, xs, targets)),
+        Way("lbfgs, jaxopt", "jaxopt", functools.partial(batched, *given)),
+        Way(ONE_BY_ONE, "jaxopt", functools.partial(one_by_one, *given)),
+        Way("lbfgs, SciPy loop", "SciPy", functools.partial(scipy_loop, net, xs, targets)),
     ]
 
 
-def many(
-    attack: Callable[..., attacks.AttackResult],
-    logits_fn: jax.tree_util.Partial,
-    xs: np.ndarray,
-    targets: np.ndarray,
-) -> Outcome:
+def many(attack: attacks.Attack, xs: np.ndarray, targets: np.ndarray) -> Outcome:
     """All images through the runner."""
-    result, seconds = timed(runner.attack_images, functools.partial(attack, logits_fn), xs, targets)
+    result, seconds = timed(runner.attack_images, attack, xs, targets)
     return _outcome(result, seconds / len(xs))
 
 
-def batched(
-    attack: Callable[..., attacks.AttackResult],
-    logits_fn: jax.tree_util.Partial,
-    xs: np.ndarray,
-    targets: np.ndarray,
-) -> Outcome:
+def batched(attack: attacks.Attack, xs: np.ndarray, targets: np.ndarray) -> Outcome:
     """All images at once, under `jax.vmap`."""
-    result, seconds = timed(vmapped(attack), *jax.device_put((logits_fn, xs, targets)))
+    result, seconds = timed(vmapped(attack), *jax.device_put((xs, targets)))
     return _outcome(result, seconds / len(xs))
 
 
-def one_by_one(
-    attack: Callable[..., attacks.AttackResult],
-    logits_fn: jax.tree_util.Partial,
-    xs: np.ndarray,
-    targets: np.ndarray,
-) -> Outcome:
+def one_by_one(attack: attacks.Attack, xs: np.ndarray, targets: np.ndarray) -> Outcome:
     """One image after the other, in a Python loop."""
-    run = jax.jit(attack)
-    jax.block_until_ready(run(logits_fn, xs[0], targets[0]))
+    run = jax.jit(lambda attack, x, target: attack(x, target))
+    jax.block_until_ready(run(attack, xs[0], targets[0]))
     start = time.perf_counter()
     found = [
-        jax.block_until_ready(run(logits_fn, x, target))
-        for x, target in zip(xs, targets, strict=True)
+        jax.block_until_ready(run(attack, x, target)) for x, target in zip(xs, targets, strict=True)
     ]
     seconds = time.perf_counter() - start
     return _outcome(jax.tree.map(lambda *leaves: np.stack(leaves), *found), seconds / len(xs))
@@ -250,33 +232,19 @@ def describe(content: Content) -> str:
 def table(rows: Sequence[Row]) -> str:
     """The rows as text."""
     return markdown.table(
-        (
-            "attack",
-            "success",
-            "in float64",
-            "distortion",
-            "gap",
-            "evaluations",
-            "ms/image",
-            "images/s",
-            "slower",
-            "/gradients",
-        ),
-        (
-            (
-                row["attack"],
-                markdown.percent(row["success"]),
-                markdown.percent(row["success_in_float64"]),
-                "-" if row["distortion"] is None else f"{row['distortion']:.5f}",
-                "-" if row["gap"] is None else f"{100 * row['gap']:.3f} %",
-                f"{row['evaluations']:,.1f}",
-                f"{row['milliseconds']:,.2f}",
-                f"{row['images_per_second']:,.2f}",
-                f"{row['milliseconds'] / rows[0]['milliseconds']:,.1f} x",
-                f"{row['seconds_over_gradients']:,.1f} x",
-            )
-            for row in rows
-        ),
+        [
+            ("attack", row["attack"]),
+            ("success", markdown.percent(row["success"])),
+            ("in float64", markdown.percent(row["success_in_float64"])),
+            ("distortion", "-" if row["distortion"] is None else f"{row['distortion']:.5f}"),
+            ("gap", "-" if row["gap"] is None else markdown.percent(row["gap"], 3)),
+            ("evaluations", f"{row['evaluations']:,.1f}"),
+            ("ms/image", f"{row['milliseconds']:,.2f}"),
+            ("images/s", f"{row['images_per_second']:,.2f}"),
+            ("slower", f"{row['milliseconds'] / rows[0]['milliseconds']:,.1f} x"),
+            ("/gradients", f"{row['seconds_over_gradients']:,.1f} x"),
+        ]
+        for row in rows
     )
 
 

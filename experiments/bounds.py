@@ -117,15 +117,12 @@ def describe(content: Content) -> str:
     blocks = list(dict.fromkeys(name.partition("/")[0] for name in cells))
     steps = _steps(run["reached"])
     layers = markdown.table(
-        ("block", *PARTS, "the block"),
-        (
-            (
-                block,
-                *(cells.get(f"{block}/{part}", "-") for part in PARTS),
-                cells.get(block) or f"{steps[block]:.4g}",
-            )
-            for block in blocks
-        ),
+        [
+            ("block", block),
+            *((part, cells.get(f"{block}/{part}", "-")) for part in PARTS),
+            ("the block", cells.get(block) or f"{steps[block]:.4g}"),
+        ]
+        for block in blocks
     )
     bound, steepest = run["bound"], run["steepest"]
     least, largest = min(run["radii"]), max(run["radii"])

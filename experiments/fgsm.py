@@ -15,8 +15,7 @@ the step's length in each pixel, but signs at random.
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import jax
@@ -41,7 +40,7 @@ LEVELS = tuple(k / 20 for k in range(1, 20))
 PUBLISHED = paper.FAST_GRADIENT["shallow softmax"]
 RATIOS = tuple(paper.ROBUSTNESS.items())
 EVERYWHERE = (-np.inf, np.inf)
-KINDS = ("nearest", "step", "control")
+KINDS = {"nearest": "nearest", "step": "step", "control": "signs at random"}
 
 _magnify = jax.jit(jax.vmap(transfer.magnify))
 _random_signs = jax.jit(jax.vmap(transfer.random_signs))
@@ -76,7 +75,7 @@ def _attack(
     """What one net makes of the steps and of the nearest images, and the others of both."""
     xs, labels = chosen.images, chosen.labels
     steps = {epsilon: _step(net.logits_fn, xs, labels, epsilon) for epsilon in EPSILONS}
-    nearest = attack_every_class(attacks.lbfgs, net, chosen)
+    nearest = attack_every_class(attacks.lbfgs(net.logits_fn), chosen, net.name)
     lengths = np.where(nearest.success, nearest.distortion, np.inf)
     unclipped = _step(net.logits_fn, xs, labels, PUBLISHED.epsilon, EVERYWHERE)
     return {
@@ -111,8 +110,7 @@ def _step(
     box: tuple[float, float] = (0.0, 1.0),
 ) -> attacks.AttackResult:
     """A step from each image, compiled once for every epsilon."""
-    step = functools.partial(attacks.fgsm, logits_fn, epsilon=epsilon, box=box)
-    return jax.vmap(step)(xs, labels)
+    return jax.vmap(attacks.fgsm(logits_fn, epsilon=epsilon, box=box))(xs, labels)
 
 
 def _confidence(net: networks.Network, result: attacks.AttackResult) -> float:
@@ -167,60 +165,46 @@ def describe(content: Content) -> str:
     def wrong(rows: Sequence[Row]) -> str:
         return _percent([row["wrong"] for row in rows], [images] * len(rows))
 
+    def mean(rows: Sequence[Row], of: Callable[[Row], float], digits: int = 4) -> str:
+        return markdown.number(statistics.mean([of(row) for row in rows]), digits)
+
+    def cells(rows: Sequence[Row], kind: str) -> tuple[str, str]:
+        some = [row["published"][kind] for row in rows]
+        return wrong(some), mean(some, lambda one: 100 * one["confidence"], 1)
+
     by_net = grouped(content, "net")
     errors = markdown.table(
-        ("net", "no step", *(f"epsilon {epsilon:g}" for epsilon in SHOWN)),
-        (
-            (name, *(wrong([_step_of(row, epsilon) for row in rows]) for epsilon in (0, *SHOWN)))
-            for name, rows in by_net.items()
-        ),
+        [
+            ("net", name),
+            ("no step", wrong([_step_of(row, 0) for row in rows])),
+            *((f"epsilon {e:g}", wrong([_step_of(row, e) for row in rows])) for e in SHOWN),
+        ]
+        for name, rows in by_net.items()
     )
-    published = markdown.table(
+    published = markdown.grid(
         ("net", "error", "confidence", "error, unclipped", "confidence, unclipped"),
         [
-            (
-                name,
-                *(
-                    cell
-                    for kind in ("clipped", "unclipped")
-                    for some in [[row["published"][kind] for row in rows]]
-                    for cell in (
-                        wrong(some),
-                        markdown.number(
-                            statistics.mean([100 * one["confidence"] for one in some]), 1
-                        ),
-                    )
-                ),
-            )
-            for name, rows in by_net.items()
-        ]
-        + [
-            (f"{name}, as published", f"{row.error:g}", f"{row.confidence:g}", "", "")
-            for name, row in paper.FAST_GRADIENT.items()
+            *(
+                (name, *cells(rows, "clipped"), *cells(rows, "unclipped"))
+                for name, rows in by_net.items()
+            ),
+            *(
+                (f"{name}, as published", f"{row.error:g}", f"{row.confidence:g}", "", "")
+                for name, row in paper.FAST_GRADIENT.items()
+            ),
         ],
     )
     lengths = markdown.table(
-        (
-            "net",
-            "half wrong: nearest",
-            "step",
-            "ratio",
-            "90 % wrong: step",
-            "nearest, mean",
-            "ratio",
-        ),
-        (
-            (
-                name,
-                markdown.number(statistics.mean([_half_length(row) for row in rows])),
-                markdown.number(statistics.mean([_step_length(row, 0.5, images) for row in rows])),
-                markdown.number(statistics.mean([_at_half(row, images) for row in rows]), 2),
-                markdown.number(statistics.mean([_step_length(row, 0.9, images) for row in rows])),
-                markdown.number(statistics.mean([row["nearest"]["distortion"] for row in rows])),
-                markdown.number(statistics.mean([_cost(row, images) for row in rows]), 2),
-            )
-            for name, rows in by_net.items()
-        ),
+        [
+            ("net", name),
+            ("half wrong: nearest", mean(rows, _half_length)),
+            ("step", mean(rows, lambda row: _step_length(row, 0.5, images))),
+            ("ratio", mean(rows, lambda row: _at_half(row, images), 2)),
+            ("90 % wrong: step", mean(rows, lambda row: _step_length(row, 0.9, images))),
+            ("nearest, mean", mean(rows, lambda row: row["nearest"]["distortion"])),
+            ("ratio", mean(rows, lambda row: _cost(row, images), 2)),
+        ]
+        for name, rows in by_net.items()
     )
     ratios = ", ".join(f"{row.fast_gradient / row.lbfgs:.1f} for {net}" for net, row in RATIOS)
     return f"""\
@@ -249,23 +233,19 @@ right:
 
 def _transfer_table(by_net: Mapping[str, Sequence[Row]]) -> str:
     return markdown.table(
-        ("net attacked", "RMS", "nearest", "step", "signs at random"),
-        (
-            (
-                f"{name}{', magnified' if i else ''}",
-                f"{np.mean([row['transfer'][i]['distortion'] for row in rows]):.4f}",
-                *(
-                    _percent(
-                        [row["transfer"][i][kind] for row in rows],
-                        [row["transfer"][i]["total"] for row in rows],
-                    )
-                    for kind in KINDS
-                ),
-            )
-            for i in range(2)
-            for name, rows in by_net.items()
-        ),
+        [
+            ("net attacked", f"{name}{', magnified' if i else ''}"),
+            ("RMS", f"{statistics.over(some, 'distortion').mean:.4f}"),
+            *((heading, _percent_of(some, kind)) for kind, heading in KINDS.items()),
+        ]
+        for i in range(2)
+        for name, rows in by_net.items()
+        for some in [[row["transfer"][i] for row in rows]]
     )
+
+
+def _percent_of(rows: Sequence[Row], kind: str) -> str:
+    return _percent([row[kind] for row in rows], [row["total"] for row in rows])
 
 
 def claims(content: Content) -> list[Claim]:

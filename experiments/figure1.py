@@ -87,7 +87,7 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
 def describe(content: Content) -> str:
     """Both figures, the classes in them, and the mean purity of all units and directions."""
     first, runs = content["runs"][0], content["runs"]
-    shown = markdown.table(
+    shown = markdown.grid(
         ("row", "classes of the ten images", "of one class"),
         (
             (row["name"], " ".join(map(str, row["labels"])), markdown.percent(row["purity"], 0))
@@ -95,17 +95,15 @@ def describe(content: Content) -> str:
             for row in rows
         ),
     )
-    means = markdown.table(
+    purities = [run["purity"] for run in runs]
+    means = markdown.grid(
         ("ten images along", "of one class, %"),
         (
-            (
-                kind,
-                markdown.number(statistics.mean([100 * run["purity"][kind] for run in runs]), 1),
-            )
+            (kind, markdown.number(statistics.over(purities, kind, scale=100), 1))
             for kind in first["purity"]
         ),
     )
-    errors = markdown.number(statistics.mean([100 * run["test_error"] for run in runs]), 2)
+    errors = markdown.number(statistics.over(runs, "test_error", scale=100), 2)
     live = ", ".join(f"{run['alive']} of {run['units_in_all']}" for run in runs)
     return f"""\
 Figure 1, the first units:

@@ -21,7 +21,6 @@ half a view in ten.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -37,7 +36,16 @@ from experiments.common.claims import Claim
 from experiments.common.measure import Arrays, Content, Row
 from experiments.common.options import PhotographOptions
 from experiments.common.photographs import load_network
-from experiments.common.units import ALPHA, MARGIN, TOP, alive, equivalence, in_numbers, outside
+from experiments.common.units import (
+    ALPHA,
+    MARGIN,
+    TOP,
+    alive,
+    cells,
+    equivalence,
+    in_numbers,
+    outside,
+)
 from experiments.common.views import (
     LAYER,
     SHOWN,
@@ -161,20 +169,15 @@ def describe(content: Content) -> str:
     runs = content["runs"]
     first = runs[0]
     tests = markdown.table(
-        (
-            "features",
-            "seeds",
-            "units a seed",
-            "their T",
-            "rotated",
-            "effect",
-            "in deviations",
-            "smallest p",
-            "equivalent, p",
-        ),
-        _lines(content),
+        [
+            ("features", name),
+            ("seeds", str(len(found))),
+            ("units a seed", str(found[0]["units"])),
+            *cells(found),
+        ]
+        for name, found in _by_case(content).items()
     )
-    along = markdown.percent(statistics.mean([run["purity"] for run in runs]), 1)
+    along = markdown.percent(statistics.over(runs, "purity"), 1)
     return f"""\
 ![Six photographs for each of four random directions](figure4.png)
 
@@ -199,23 +202,7 @@ def _by_case(content: Content) -> dict[str, list[Row]]:
 
 
 def _effect(found: list[Row]) -> str:
-    return markdown.number(statistics.mean([one["effect"] for one in found]), 3)
-
-
-def _lines(content: Content) -> Iterator[tuple[str, ...]]:
-    for name, found in _by_case(content).items():
-        tested = equivalence(found)
-        yield (
-            name,
-            str(len(found)),
-            str(found[0]["units"]),
-            f"{np.mean([one['identity'] for one in found]):.3f}",
-            f"{np.mean([one['rotated'] for one in found]):.3f}",
-            _effect(found),
-            f"{np.mean([one['effect_size'] for one in found]):+.1f}",
-            f"{min(one['p_value'] for one in found):.3f}",
-            "-" if tested is None else f"{float(tested.p_value):.3f}",
-        )
+    return markdown.number(statistics.over(found, "effect"), 3)
 
 
 def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +33,7 @@ from experiments.common.claims import Claim, verdict
 from experiments.common.measure import Arrays, Content, Row
 from experiments.common.options import PhotographOptions
 from experiments.common.photographs import OSTRICH, Subjects, load_network, load_subjects
+from experiments.common.timing import vmapped
 from experiments.common.victims import Victims, attack_victims
 
 SHOWN = 6
@@ -42,6 +43,7 @@ PEER_STEPS = 300
 STARTED = "`minimum_norm`, decoupled start"
 IMAGE = "`minimum_norm`"
 PAPERS = "`lbfgs`"
+COUNTS = {"success": "success", "alone": "predicted alone", "rounded": "rounded to 8 bits"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,13 +71,13 @@ def measure(options: Options, subjects: Subjects, seed: int) -> Row:
     """What each attack comes to, and what its evaluations alone take."""
     net, dataset, chosen = subjects
     start = attacks.decoupled(num_steps=min(START_STEPS, options.evals // 2))
-    minimum_norm = functools.partial(attacks.minimum_norm, rough=True, max_evals=options.evals)
-    ways: dict[str, Callable[..., attacks.AttackResult]] = {
-        STARTED: functools.partial(minimum_norm, start=start),
-        IMAGE: minimum_norm,
-        PAPERS: functools.partial(attacks.lbfgs, max_evals=options.lbfgs_evals),
+    search: dict[str, Any] = {"rough": True, "max_evals": options.evals}
+    ways = {
+        STARTED: attacks.minimum_norm(net.logits_fn, start=start, **search),
+        IMAGE: attacks.minimum_norm(net.logits_fn, **search),
+        PAPERS: attacks.lbfgs(net.logits_fn, max_evals=options.lbfgs_evals),
     }
-    found = {name: attack_victims(way, net, chosen) for name, way in ways.items()}
+    found = {name: attack_victims(way, chosen, name) for name, way in ways.items()}
     rows = [
         {
             "attack": name,
@@ -117,21 +119,17 @@ def _overhead(net: networks.Network, chosen: Victims, evals: int) -> float:
     def loss(logits_fn, x, target):
         return losses.cross_entropy(logits_fn(x), target)
 
-    def attack(logits_fn, x, target):
-        return attacks.minimum_norm(logits_fn, x, target, rough=True, max_evals=evals)
-
-    evaluate, attack = (
-        jax.jit(jax.vmap(fn, in_axes=(None, 0, 0)))
-        for fn in (jax.value_and_grad(loss, argnums=1), attack)
-    )
+    gradient = jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=1), in_axes=(None, 0, 0)))
+    evaluate = functools.partial(gradient, net.logits_fn)
+    attack = vmapped(attacks.minimum_norm(net.logits_fn, rough=True, max_evals=evals))
 
     def seconds(fn: Callable[..., Any]) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(fn(net.logits_fn, xs, targets))
+        jax.block_until_ready(fn(xs, targets))
         return time.perf_counter() - start
 
     # Compiled before they are timed; a batch takes as many evaluations as its slowest image.
-    spent = int(attack(net.logits_fn, xs, targets).num_evals.max())
+    spent = int(attack(xs, targets).num_evals.max())
     seconds(evaluate)
     # In turns, so that whatever else the machine does falls on both.
     turns = [
@@ -145,8 +143,8 @@ def _peers(net: networks.Network, chosen: Victims, steps: int) -> list[Row]:
     """What foolbox's attacks find, and ours with a third of the gradients of DDN."""
     third = steps // 3
     start = attacks.decoupled(num_steps=min(START_STEPS, third // 2))
-    ours = functools.partial(attacks.minimum_norm, rough=True, max_evals=third, start=start)
-    found = attack_victims(ours, net, chosen)
+    ours = attacks.minimum_norm(net.logits_fn, rough=True, max_evals=third, start=start)
+    found = attack_victims(ours, chosen)
     outcomes: dict[str, tuple[Any, Any, Any]] = {
         STARTED: (found.x_adv, found.success, found.num_evals)
     }
@@ -189,25 +187,13 @@ def describe(content: Content) -> str:
     (run,) = content["runs"]
     rows = {row["attack"]: row for row in run["rows"]}
     table = markdown.table(
-        (
-            "attack",
-            "mean distortion",
-            "least",
-            "largest",
-            "success",
-            "predicted alone",
-            "rounded to 8 bits",
-            "gradients",
-        ),
-        (
-            (
-                name,
-                *(f"{value:.6f}" for value in _spread_of(row)),
-                *(f"{sum(row[key])} of {len(row[key])}" for key in ("success", "alone", "rounded")),
-                f"{row['evals']:.0f}",
-            )
-            for name, row in rows.items()
-        ),
+        [
+            ("attack", name),
+            *_distortions(row),
+            *((heading, f"{sum(row[key])} of {len(row[key])}") for key, heading in COUNTS.items()),
+            ("gradients", f"{row['evals']:.0f}"),
+        ]
+        for name, row in rows.items()
     )
     started, image = (np.array(rows[name]["distortion"]) for name in (STARTED, IMAGE))
     nearer = np.maximum(started, image) / np.minimum(started, image) - 1
@@ -221,15 +207,12 @@ def describe(content: Content) -> str:
     ]
     if run["peers"]:
         compared = markdown.table(
-            ("attack", "mean distortion", "least", "largest", "gradients"),
-            (
-                (
-                    row["attack"],
-                    *(f"{value:.6f}" for value in _spread_of(row)),
-                    f"{row['evals']:.0f}",
-                )
-                for row in run["peers"]
-            ),
+            [
+                ("attack", row["attack"]),
+                *_distortions(row),
+                ("gradients", f"{row['evals']:.0f}"),
+            ]
+            for row in run["peers"]
         )
         few = len(run["peers"][0]["distortion"])
         parts.append(f"On {few} of them, with fewer evaluations, beside foolbox's:\n\n{compared}")
@@ -237,9 +220,9 @@ def describe(content: Content) -> str:
     return "\n\n".join(parts)
 
 
-def _spread_of(row: Row) -> tuple[float, float, float]:
-    values = np.array(row["distortion"])
-    return float(values.mean()), float(values.min()), float(values.max())
+def _distortions(row: Row) -> Iterator[tuple[str, str]]:
+    for heading, reduce in (("mean distortion", np.mean), ("least", np.min), ("largest", np.max)):
+        yield heading, f"{reduce(row['distortion']):.6f}"
 
 
 def claims(content: Content) -> list[Claim]:

@@ -233,7 +233,7 @@ def _attack(
                 lead = detector.lead(pooled(x))
                 return jnp.stack([jnp.zeros_like(lead), lead])
 
-            return attacks.minimum_norm(logits_fn, image, target, rough=True, max_evals=max_evals)
+            return attacks.minimum_norm(logits_fn, rough=True, max_evals=max_evals)(image, target)
 
         return jax.lax.map(one, several)
 
@@ -259,15 +259,25 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
 def describe(content: Content) -> str:
     """The figure, the detector's held-out errors, and how far the photographs were distorted."""
     errors = markdown.table(
-        ("photographs of", "how many", "held out, judged wrong"),
-        (
-            (name, f"{len(rows)}", f"{sum((row['lead'] > 0) != row['car'] for row in rows)}")
-            for name, rows in _by_kind(content, "rows")
-        ),
+        [
+            ("photographs of", name),
+            ("how many", f"{len(rows)}"),
+            ("held out, judged wrong", f"{sum((row['lead'] > 0) != row['car'] for row in rows)}"),
+        ]
+        for name, rows in _by_kind(content, "rows")
     )
     attacked = markdown.table(
-        ("from", "attacked", "misled", "mean RMS", "least", "largest", "gradients", "by noise"),
-        (tuple(_attacked(name, rows)) for name, rows in _by_kind(content, "attacked")),
+        [
+            ("from", name),
+            ("attacked", f"{len(rows)}"),
+            ("misled", f"{sum(row['misled'] for row in rows)}"),
+            ("mean RMS", f"{np.mean([row['distortion'] for row in rows]):.5f}"),
+            ("least", f"{min(row['distortion'] for row in rows):.5f}"),
+            ("largest", f"{max(row['distortion'] for row in rows):.5f}"),
+            ("gradients", f"{np.mean([row['evaluations'] for row in rows]):.0f}"),
+            ("by noise", f"{sum(row['misled_by_noise'] for row in rows)}"),
+        ]
+        for name, rows in _by_kind(content, "attacked")
     )
     return f"""\
 ![Photographs, what was added to them, and what the detector is misled by](figure6.png)
@@ -279,17 +289,6 @@ Differences are magnified {MAGNIFY:g} times. RMS is over pixels in [0, 1].
 {attacked}
 
 "by noise" counts those that Gaussian noise of the same RMS misleads the detector about."""
-
-
-def _attacked(name: str, rows: list[Row]) -> Iterator[str]:
-    distortions = [row["distortion"] for row in rows]
-    yield name
-    yield f"{len(rows)}"
-    yield f"{sum(row['misled'] for row in rows)}"
-    for reduce in (np.mean, np.min, np.max):
-        yield f"{reduce(distortions):.5f}"
-    yield f"{np.mean([row['evaluations'] for row in rows]):.0f}"
-    yield f"{sum(row['misled_by_noise'] for row in rows)}"
 
 
 def claims(content: Content) -> list[Claim]:

@@ -57,7 +57,7 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
             "right": {kind: _right(net, xs, test.labels) for kind, xs in shown.items()},
         }
         if name in PANELS:
-            result = attack_victims(attacks.lbfgs, net, chosen)
+            result = attack_victims(attacks.lbfgs(net.logits_fn), chosen, name)
             distorted[name] = result.x_adv
             row["adversarial"] = {
                 "right": _right(net, result.x_adv, chosen.labels),
@@ -78,30 +78,28 @@ def _right(
 def describe(content: Content) -> str:
     """The figure, what the nets make of its first two panels, and of noise."""
     images = content["config"]["images"]
+
+    def right(rows: list[Row]) -> str:
+        return _percent(statistics.fraction([row["right"] for row in rows], [images] * len(rows)))
+
     adversarial = markdown.table(
-        ("net", "panel", f"distortion, {images} images", "right"),
-        (
-            (
-                name,
-                f"({PANELS[name]})",
-                markdown.number(statistics.mean([row["distortion"] for row in rows])),
-                _percent(statistics.fraction([row["right"] for row in rows], [images] * len(rows))),
-            )
-            for name, rows in _adversarial(content)
-        ),
+        [
+            ("net", name),
+            ("panel", f"({PANELS[name]})"),
+            (f"distortion, {images} images", markdown.number(statistics.over(rows, "distortion"))),
+            ("right", right(rows)),
+        ]
+        for name, rows in _adversarial(content)
     )
     noisy = markdown.table(
-        ("net", *(f"{kind}, %" for kind in KINDS.values())),
-        (
-            (
-                name,
-                *(
-                    _percent(share) + _mark(kind, share)
-                    for kind, share in _shares(rows, content).items()
-                ),
-            )
-            for name, rows in grouped(content, "net").items()
-        ),
+        [
+            ("net", name),
+            *(
+                (f"{KINDS[kind]}, %", _percent(share) + _mark(kind, share))
+                for kind, share in _shares(rows, content).items()
+            ),
+        ]
+        for name, rows in grouped(content, "net").items()
     )
     return f"""\
 ![Digits and their distortions: adversarial for two nets, and by noise](figure7.png)

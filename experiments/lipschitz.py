@@ -16,9 +16,9 @@ certificates are those of pairs.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,7 @@ def _sandwich(
     *_, pairs = radii.values()
     local = [_local_radii(logits_fn, images[right], labels[right], k * pairs) for k in NEAR]
     radii[LOCAL] = np.max([pairs, *local], axis=0)
-    distances = {attack.__name__: _distances(attack, net, chosen)[right] for attack in ATTACKS}
+    distances = {make.__name__: _distances(make(logits_fn), chosen)[right] for make in ATTACKS}
     nearest = np.minimum(*distances.values())
     rows = [
         {
@@ -166,9 +166,9 @@ def _local_radii(
     return jax.lax.map(lambda each: radius(*each), (images, labels, within), batch_size=100)
 
 
-def _distances(attack: Any, net: networks.Network, chosen: Victims) -> Float[np.ndarray, " n"]:
+def _distances(attack: attacks.Attack, chosen: Victims) -> Float[np.ndarray, " n"]:
     """In L2, that of the nearest image of any other class that an attack finds."""
-    found = attack_every_class(attack, net, chosen)
+    found = attack_every_class(attack, chosen)
     l2 = found.distortion * math.sqrt(math.prod(chosen.images.shape[1:]))
     return np.where(found.success, l2, np.inf)
 
@@ -237,7 +237,7 @@ def _train_and_measure(
     logits = jax.vmap(logits_fn)(test.images)
     pairs = lipschitz.pairwise(logits_fn, test.images[0])
     radii = jax.vmap(lipschitz.certified_radius, in_axes=(0, 0, None))(logits, test.labels, pairs)
-    near = _distances(attacks.minimum_norm, net, chosen.first(sweep.images))
+    near = _distances(attacks.minimum_norm(logits_fn), chosen.first(sweep.images))
     return {
         "net": name,
         "decay": decay,
@@ -287,42 +287,36 @@ def describe(content: Content) -> str:
     runs = [run["sandwich"] for run in content["runs"]]
     right = sum(run["right"] for run in runs)
     radii = markdown.table(
-        ("bound", "constant", "mean radius", "of the distance", "violations"),
-        (
-            (
-                rows[0]["by"],
-                "-" if rows[0]["constant"] is None else _over(rows, "constant", 2),
-                _over(rows, "radius", 4),
-                markdown.percent(statistics.over(rows, "share_of_distance"), 1),
-                f"{sum(row['violations'] for row in rows)}",
-            )
-            for rows in zip(*(run["certified"] for run in runs), strict=True)
-        ),
+        [
+            ("bound", name),
+            ("constant", "-" if rows[0]["constant"] is None else _over(rows, "constant", 2)),
+            ("mean radius", _over(rows, "radius", 4)),
+            ("of the distance", markdown.percent(statistics.over(rows, "share_of_distance"), 1)),
+            ("violations", f"{sum(row['violations'] for row in rows)}"),
+        ]
+        for name, rows in grouped({"runs": runs}, "by", within="certified").items()
     )
     distances = markdown.table(
-        ("attack", "mean distance", "nearer than the other", "failed"),
-        (
-            (
-                f"`{rows[0]['by']}`",
-                _over(rows, "distance", 4),
-                f"{sum(row['nearer'] for row in rows):,}",
-                f"{sum(row['failed'] for row in rows):,}",
-            )
-            for rows in zip(*(run["found"] for run in runs), strict=True)
-        ),
+        [
+            ("attack", f"`{name}`"),
+            ("mean distance", _over(rows, "distance", 4)),
+            ("nearer than the other", f"{sum(row['nearer'] for row in rows):,}"),
+            ("failed", f"{sum(row['failed'] for row in rows):,}"),
+        ]
+        for name, rows in grouped({"runs": runs}, "by", within="found").items()
     )
     trainings = markdown.table(
-        (
-            "net",
-            "held back by",
-            "bound",
-            "train error, %",
-            "test error, %",
-            "distance",
-            f"withstand {RADIUS:g}",
-            f"certified at {RADIUS:g}",
-        ),
-        _trainings(content),
+        [
+            ("net", name),
+            ("held back by", _regularizer(decay, strength)),
+            ("bound", _over(rows, "bound", 1)),
+            ("train error, %", _over(rows, "train_error", 2, scale=100)),
+            ("test error, %", _over(rows, "test_error", 2, scale=100)),
+            ("distance", _over(rows, "distance", 3)),
+            (f"withstand {RADIUS:g}", markdown.percent(_part(rows, "withstood", "attacked"), 1)),
+            (f"certified at {RADIUS:g}", markdown.percent(_part(rows, "certified", "tested"), 1)),
+        ]
+        for (name, decay, strength), rows in grouped(content, *TRAINING, within="trainings").items()
     )
     return f"""\
 (a) Radii and distances in L2, of {right:,} images that the nets get right. A violation is an image
@@ -346,29 +340,12 @@ def _regularizer(decay: bool, strength: float) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def _over(rows: Sequence[Row], what: str, digits: int) -> str:
-    return markdown.number(statistics.over(rows, what), digits)
+def _over(rows: Sequence[Row], what: str, digits: int, *, scale: float = 1) -> str:
+    return markdown.number(statistics.over(rows, what, scale=scale), digits)
 
 
-def _trainings(content: Content) -> Iterator[tuple[str, ...]]:
-    for (name, decay, strength), rows in grouped(content, *TRAINING, within="trainings").items():
-        yield (
-            name,
-            _regularizer(decay, strength),
-            _over(rows, "bound", 1),
-            *(
-                markdown.number(statistics.over(rows, what, scale=100), 2)
-                for what in ("train_error", "test_error")
-            ),
-            _over(rows, "distance", 3),
-            *(
-                markdown.percent(
-                    statistics.fraction([row[part] for row in rows], [row[whole] for row in rows]),
-                    1,
-                )
-                for part, whole in (("withstood", "attacked"), ("certified", "tested"))
-            ),
-        )
+def _part(rows: Sequence[Row], part: str, whole: str) -> statistics.Estimate:
+    return statistics.fraction([row[part] for row in rows], [row[whole] for row in rows])
 
 
 def claims(content: Content) -> list[Claim]:
@@ -384,6 +361,9 @@ def claims(content: Content) -> list[Claim]:
     alone, decayed = (_change(sweep) for sweep in sweeps.values())
     helps = [change.high < 0 for _, change in (alone, decayed) if change is not None]
     nothing, penalised = sweeps[False][0], sweeps[False][max(sweeps[False])]
+    before, after = (
+        markdown.percent(_part(rows, "certified", "tested"), 1) for rows in (nothing, penalised)
+    )
     farther = [b["distance"] / a["distance"] for a, b in zip(nothing, penalised, strict=True)]
     return [
         Claim(
@@ -412,8 +392,7 @@ def claims(content: Content) -> list[Claim]:
             "suggested, not tested",
             f"{NET}: with {max(sweeps[False]):g} the nearest are "
             f"{markdown.number(statistics.mean(farther), 2)} times as far as with nothing, and "
-            f"{markdown.percent(_certified(penalised), 1)} of the images are certified at "
-            f"{RADIUS:g} instead of {markdown.percent(_certified(nothing), 1)}",
+            f"{after} of the images are certified at {RADIUS:g} instead of {before}",
             "holds" if min(farther) > 1 else "does not hold",
         ),
     ]
@@ -429,7 +408,3 @@ def _change(
         return best, None
     changes = [100 * (b - a) for a, b in zip(errors[0], errors[best], strict=True)]
     return best, statistics.mean(changes)
-
-
-def _certified(rows: Sequence[Row]) -> statistics.Estimate:
-    return statistics.fraction([row["certified"] for row in rows], [row["tested"] for row in rows])

@@ -16,7 +16,6 @@ against noise is a sign test, one-sided, of how many other nets each photograph 
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
@@ -63,16 +62,12 @@ def measure(options: Options, subjects: Subjects, seed: int) -> Row:
     """What each net makes of what was made for any of them."""
     chosen = subjects.victims
     sizes, evaluations = (SIZES[1:], 12) if options.quick else (SIZES, 100)
-    attack = functools.partial(
-        attacks.minimum_norm,
-        rough=True,
-        start=attacks.decoupled(num_steps=min(30, evaluations // 2)),
-        max_evals=evaluations,
-    )
+    start = attacks.decoupled(num_steps=min(30, evaluations // 2))
     columns = {one.name: one for one in _nets(subjects.network, sizes, options.weights)}
     rows = []
     for i, (name, one) in enumerate(columns.items()):
-        found = attack_victims(attack, one, chosen)
+        attack = attacks.minimum_norm(one.logits_fn, rough=True, start=start, max_evals=evaluations)
+        found = attack_victims(attack, chosen, name)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), len(found.x_adv))
         for rms in (None, *RMS):
             asked = found.distortion if rms is None else jnp.full(len(keys), rms)
@@ -226,7 +221,7 @@ def describe(content: Content) -> str:
             (f"The same with the distortions brought to an RMS of {TESTED:g}", TESTED),
         )
     )
-    summary = markdown.table(
+    summary = markdown.grid(
         ("RMS", "wrong", "under noise", "p", "ostriches", "under noise"),
         (tuple(_summary(content, rms)) for rms in (None, *RMS)),
     )
@@ -239,7 +234,7 @@ Means over pairs of different nets, and over {len(content["runs"][0]["labels"])}
 
 
 def _matrix(names: list[str], rows: dict[str, Rows]) -> str:
-    return markdown.table(
+    return markdown.grid(
         ("made for", *(f"shown to {name}" for name in names), "RMS"),
         (
             (made_for, *(_cell(one, i) for i in range(len(names))), f"{one.distortion:.5f}")

@@ -8,7 +8,6 @@ hardly a prediction.
 """
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -43,11 +42,9 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
     chosen = victims(net, test, 32 if options.quick else 100)
     images, labels, targets = chosen.images, chosen.labels, chosen.targets
     rows = []
-    for attack in ATTACKS:
-        name = attack.__name__
-        result = runner.attack_images(
-            functools.partial(attack, net.logits_fn), images, targets, progress=name
-        )
+    for make in ATTACKS:
+        name = make.__name__
+        result = runner.attack_images(make(net.logits_fn), images, targets, progress=name)
         size = result.distortion[:, None, None, None]
         noisy = images + size * np.asarray(jax.random.normal(noise_key, images.shape))
         rows.append(
@@ -100,23 +97,13 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
 def table(rows: list[Row]) -> str:
     """The rows as text."""
     return markdown.table(
-        (
-            "attack",
-            "success",
-            "mean distortion",
-            "median",
-            "evaluations",
-            "error under noise of that RMS",
-        ),
-        (
-            (
-                row["attack"],
-                markdown.percent(row["success"]),
-                f"{row['mean_distortion']:.5f}",
-                f"{row['median_distortion']:.5f}",
-                f"{row['evaluations']:.1f}",
-                markdown.percent(row["noise_error"]),
-            )
-            for row in rows
-        ),
+        [
+            ("attack", row["attack"]),
+            ("success", markdown.percent(row["success"])),
+            ("mean distortion", f"{row['mean_distortion']:.5f}"),
+            ("median", f"{row['median_distortion']:.5f}"),
+            ("evaluations", f"{row['evaluations']:.1f}"),
+            ("error under noise of that RMS", markdown.percent(row["noise_error"])),
+        ]
+        for row in rows
     )

@@ -72,7 +72,7 @@ def compose(
 ) -> str:
     """The report, of modules and what they saved; and why the missing experiments are missing."""
     claims = [claim for module, content in sections for claim in module.claims(content)]
-    table = markdown.table(
+    table = markdown.grid(
         ("the paper's claim", "its evidence", "ours", "verdict"),
         [(claim.claim, claim.paper, claim.ours, f"**{claim.verdict}**") for claim in claims],
         names=4,

@@ -21,7 +21,6 @@ above their least value on fewer than ten images are left out.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Any
 
@@ -32,7 +31,7 @@ from jaxtyping import Array, Float, Key
 from matplotlib.figure import Figure
 
 from advjax import data, units
-from experiments.common import markdown, networks, statistics
+from experiments.common import markdown, networks
 from experiments.common.claims import Claim
 from experiments.common.measure import Arrays, Content, Row, grouped
 from experiments.common.options import DigitOptions, Digits
@@ -41,6 +40,7 @@ from experiments.common.units import (
     MARGIN,
     TOP,
     alive,
+    cells,
     equivalence,
     features,
     in_numbers,
@@ -160,20 +160,8 @@ def describe(content: Content) -> str:
     """A table for each score: the units beside the rotated bases, and the tests."""
     tables = {
         score: markdown.table(
-            (
-                "net",
-                "non-linearity",
-                "directions",
-                "their T",
-                "rotated",
-                "effect",
-                "in deviations",
-                "smallest p",
-                "above",
-                "below",
-                "equivalent, p",
-            ),
-            _lines(content, score),
+            [*zip(CASE, case, strict=True), *cells([row[score] for row in rows], sides=True)]
+            for case, rows in grouped(content, *CASE).items()
         )
         for score in SCORES
     }
@@ -188,23 +176,6 @@ of the rotations; the last column tests whether the effect is within ±{MARGIN:g
 Concept AUC, in the same way:
 
 {tables["auc"]}"""
-
-
-def _lines(content: Content, score: str) -> Iterator[tuple[str, ...]]:
-    for case, rows in grouped(content, *CASE).items():
-        found = [row[score] for row in rows]
-        sides = [outside(one) for one in found]
-        tested = equivalence([row[score] for row in rows])
-        yield (
-            *case,
-            f"{np.mean([one['identity'] for one in found]):.3f}",
-            f"{np.mean([one['rotated'] for one in found]):.3f}",
-            markdown.number(statistics.mean([one["effect"] for one in found]), 3),
-            f"{np.mean([one['effect_size'] for one in found]):+.1f}",
-            f"{min(one['p_value'] for one in found):.3f}",
-            *(f"{sides.count(side)} of {len(sides)}" for side in (1, -1)),
-            "-" if tested is None else f"{float(tested.p_value):.3f}",
-        )
 
 
 def claims(content: Content) -> list[Claim]:

@@ -17,12 +17,11 @@ errors. How the autoencoder was trained the paper does not tell; ours errs more.
 import dataclasses
 from collections.abc import Iterator
 from types import MappingProxyType
-from typing import Any
 
 import jax
 import numpy as np
 
-from advjax import metrics
+from advjax import attacks, metrics
 from experiments.common import markdown, networks, paper, statistics
 from experiments.common.claims import Claim
 from experiments.common.measure import Content, Row, grouped
@@ -57,15 +56,15 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
             f"{split}_error": metrics.error_rate(net.logits_fn, some.images, some.labels)
             for split, some in digits._asdict().items()
         }
-        found = {attack.__name__: _attack(attack, net, chosen) for attack in ATTACKS}
+        found = {make.__name__: _attack(make(net.logits_fn), chosen, name) for make in ATTACKS}
         rows.append({"net": name, **errors, "attacks": found})
     return {"rows": rows}
 
 
-def _attack(attack: Any, net: networks.Network, chosen: Victims) -> Row:
-    result = attack_victims(attack, net, chosen)
+def _attack(attack: attacks.Attack, chosen: Victims, name: str) -> Row:
+    result = attack_victims(attack, chosen, name)
     few = slice(statistics.PAPER_IMAGES)
-    nearest = attack_every_class(attack, net, chosen.first(statistics.PAPER_IMAGES))
+    nearest = attack_every_class(attack, chosen.first(statistics.PAPER_IMAGES), name)
     return {
         "distortion": float(result.distortion.mean()),
         "distortion_256": float(result.distortion[few].mean()),
@@ -78,33 +77,16 @@ def _attack(attack: Any, net: networks.Network, chosen: Victims) -> Row:
 def describe(content: Content) -> str:
     """Two tables: errors and distortions, each with the 95 % interval over the seeds."""
     errors = markdown.table(
-        ("net", "train error, %", "paper", "test error, %", "paper"),
-        (
-            (
-                name,
-                markdown.number(statistics.over(rows, "train_error", scale=100), 2),
-                f"{paper.TABLE1[name].train_error:g}",
-                markdown.number(statistics.over(rows, "test_error", scale=100), 2),
-                f"{paper.TABLE1[name].test_error:g}",
-            )
-            for name, rows in grouped(content, "net").items()
-        ),
+        [
+            ("net", name),
+            ("train error, %", markdown.number(statistics.over(rows, "train_error", scale=100), 2)),
+            ("paper", f"{paper.TABLE1[name].train_error:g}"),
+            ("test error, %", markdown.number(statistics.over(rows, "test_error", scale=100), 2)),
+            ("paper", f"{paper.TABLE1[name].test_error:g}"),
+        ]
+        for name, rows in grouped(content, "net").items()
     )
-    n = content["config"]["images"]
-    distortions = markdown.table(
-        (
-            "net",
-            "attack",
-            f"distortion, {n:,} images",
-            "of the first 256",
-            "paper",
-            "to any class",
-            "success",
-            "gradients",
-        ),
-        _distortions(content),
-        names=2,
-    )
+    distortions = markdown.table(_distortions(content), names=2)
     return f"""\
 {errors}
 
@@ -114,24 +96,27 @@ within the 95 % prediction interval of one more seed's 256 images, ✗ where not
 {distortions}"""
 
 
-def _distortions(content: Content) -> Iterator[tuple[str, ...]]:
+def _distortions(content: Content) -> Iterator[list[tuple[str, str]]]:
     for name, rows in grouped(content, "net").items():
+        printed = paper.TABLE1[name].distortion
         for attack in ATTACKS:
             found = [row["attacks"][attack.__name__] for row in rows]
-            few = [one["distortion_256"] for one in found]
-            mark = "✓" if statistics.predicts(few, paper.TABLE1[name].distortion) else "✗"
-            yield (
-                name,
-                f"`{attack.__name__}`",
-                *(
-                    markdown.number(statistics.mean(values))
-                    for values in ([one["distortion"] for one in found], few)
-                ),
-                f"{paper.TABLE1[name].distortion:g} {mark}",
-                markdown.number(statistics.mean([one["nearest_256"] for one in found])),
-                markdown.percent(float(np.mean([one["success"] for one in found]))),
-                f"{np.mean([one['evaluations'] for one in found]):.1f}",
+            of_few = [one["distortion_256"] for one in found]
+            mark = "✓" if statistics.predicts(of_few, printed) else "✗"
+            every, few, nearest = (
+                markdown.number(statistics.over(found, what))
+                for what in ("distortion", "distortion_256", "nearest_256")
             )
+            yield [
+                ("net", name),
+                ("attack", f"`{attack.__name__}`"),
+                (f"distortion, {content['config']['images']:,} images", every),
+                ("of the first 256", few),
+                ("paper", f"{printed:g} {mark}"),
+                ("to any class", nearest),
+                ("success", markdown.percent(statistics.over(found, "success").mean)),
+                ("gradients", f"{statistics.over(found, 'evaluations').mean:.1f}"),
+            ]
 
 
 def claims(content: Content) -> list[Claim]:

@@ -7,20 +7,20 @@ distortions are of; a secondary note says test images.
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import jax
 
-from advjax import metrics
-from experiments.common import markdown, networks, paper, statistics
+from advjax import attacks, metrics
+from experiments.common import markdown, paper, statistics
 from experiments.common.claims import Claim
 from experiments.common.halves import divide, train_on_halves
 from experiments.common.measure import Content, Row, grouped
 from experiments.common.options import DigitOptions, Digits
 from experiments.common.victims import ATTACKS, Victims, attack_victims, random_victims
 
-ERRORS = ("error_p1", "error_p2", "test_error")
+ERRORS = {"error_p1": "error on P1", "error_p2": "on P2", "test_error": "on the test set"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,39 +43,35 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
             of: metrics.error_rate(net.logits_fn, split.images, split.labels)
             for of, split in zip(ERRORS, (*halves, digits.test), strict=True)
         }
-        found = {attack.__name__: _distortion(attack, net, chosen) for attack in ATTACKS}
+        found = {make.__name__: _distortion(make(net.logits_fn), chosen, name) for make in ATTACKS}
         rows.append({"net": name, **errors, "distortion": found})
     return {"rows": rows}
 
 
-def _distortion(attack: Any, net: networks.Network, chosen: Victims) -> list[float]:
+def _distortion(attack: attacks.Attack, chosen: Victims, name: str) -> list[float]:
     """The mean over all images, and over the first 256."""
-    result = attack_victims(attack, net, chosen)
+    result = attack_victims(attack, chosen, name)
     few = result.distortion[: statistics.PAPER_IMAGES]
     return [float(result.distortion.mean()), float(few.mean())]
 
 
 def describe(content: Content) -> str:
     """Errors and distortions, each with the 95 % interval over the seeds."""
-    lines = []
-    for name, rows in grouped(content, "net").items():
-        printed = paper.TABLE3[name]
-        cells = [name]
-        for of in ERRORS:
-            error = statistics.over(rows, of, scale=100)
-            cells.append(f"{markdown.number(error, 2)} ({getattr(printed, of):g})")
-        for attack in ATTACKS:
-            every, few = zip(*(row["distortion"][attack.__name__] for row in rows), strict=True)
-            mark = "✓" if statistics.predicts(few, printed.distortion) else "✗"
-            cells += [
-                markdown.number(statistics.mean(every)),
-                f"{markdown.number(statistics.mean(few))} ({printed.distortion:g} {mark})",
-            ]
-        lines.append(cells)
-    header = ["net (the paper's numbers)", "error on P1, %", "on P2, %", "on the test set, %"]
+    return markdown.table(_cells(name, rows) for name, rows in grouped(content, "net").items())
+
+
+def _cells(name: str, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    printed = paper.TABLE3[name]
+    yield "net (the paper's numbers)", name
+    for of, heading in ERRORS.items():
+        error = markdown.number(statistics.over(rows, of, scale=100), 2)
+        yield f"{heading}, %", f"{error} ({getattr(printed, of):g})"
     for attack in ATTACKS:
-        header += [f"distortion, `{attack.__name__}`", "of the first 256"]
-    return markdown.table(header, lines)
+        every, few = zip(*(row["distortion"][attack.__name__] for row in rows), strict=True)
+        mark = "✓" if statistics.predicts(few, printed.distortion) else "✗"
+        yield f"distortion, `{attack.__name__}`", markdown.number(statistics.mean(every))
+        few_text = markdown.number(statistics.mean(few))
+        yield "of the first 256", f"{few_text} ({printed.distortion:g} {mark})"
 
 
 def claims(content: Content) -> list[Claim]:

@@ -50,6 +50,12 @@ GIVEN = "AlexNet, given weights"
 
 TIGHTER = {"eclipse": lipschitz.eclipse, "lipsdp": lipschitz.lipsdp}
 
+WAYS = {
+    "bound": "certified bound",
+    "numpy": "NumPy's FFT and SVD",
+    "power": "power iteration",
+    "lanczos": "Lanczos",
+}
 _WORDS = {
     "reduce_window_max": "max-pooling",
     "normalise": "normalisation",
@@ -222,19 +228,19 @@ def describe(content: Content) -> str:
         if row["net"] == PAPERS:
             parts.append(_corrected(row))
     whole = markdown.table(
-        ("net", "product", *(f"`{method}`" for method in TIGHTER), "steepest slope found"),
-        (
-            (
-                name,
-                _over([row["bound"] for row in rows]),
-                *(
-                    _over([row["tighter"][method] for row in rows if method in row["tighter"]])
-                    for method in TIGHTER
-                ),
-                _over([row["steepest"] for row in rows]),
-            )
-            for name, rows in grouped(content, "net").items()
-        ),
+        [
+            ("net", name),
+            ("product", _over([row["bound"] for row in rows])),
+            *(
+                (
+                    f"`{method}`",
+                    _over([row["tighter"][method] for row in rows if method in row["tighter"]]),
+                )
+                for method in TIGHTER
+            ),
+            ("steepest slope found", _over([row["steepest"] for row in rows])),
+        ]
+        for name, rows in grouped(content, "net").items()
     )
     parts.append(f"The nets as a whole, over the seeds:\n\n{whole}")
     parts += [_times(row) for row in content["runs"][0]["rows"] if row["net"] not in NETS]
@@ -248,36 +254,22 @@ def _over(values: Sequence[float]) -> str:
 
 def _layers(row: Row) -> str:
     printed = iter(paper.TABLE5.values() if row["net"] not in NETS else ())
-    lines: list[tuple[float | None, ...]] = []
+    lines: list[list[float | None]] = []
     for layer in row["layers"]:
-        readings: tuple[float | None, ...] = (None,) * 5
+        readings: list[float | None] = [None] * 5
         if "lanczos" in layer:
             known = next(printed, None)
-            readings = (
-                None if known is None else known.bound,
-                layer["unscaled"] / layer["stride"] ** 2,
-                layer["unscaled"] / layer["stride"],
-                layer["power"],
-                layer["lanczos"],
-            )
-        lines.append((*readings, layer["bound"]))
+            formula = [layer["unscaled"] / layer["stride"] ** power for power in (2, 1)]
+            bound = None if known is None else known.bound
+            readings = [bound, *formula, layer["power"], layer["lanczos"]]
+        lines.append([*readings, layer["bound"]])
     columns = [[x for x in column if x is not None] for column in zip(*lines, strict=True)]
-    products = (math.prod(column) if column else None for column in columns)
-    names = [layer["layer"] for layer in row["layers"]]
-    return markdown.table(
-        (
-            "layer",
-            "paper",
-            "formula, 1/s²",
-            "formula, 1/s",
-            "power iteration",
-            "Lanczos",
-            "certified",
-        ),
-        (
-            (name, *map(_cell, line))
-            for name, line in zip([*names, "product"], [*lines, products], strict=True)
-        ),
+    lines.append([math.prod(column) if column else None for column in columns])
+    names = [*(layer["layer"] for layer in row["layers"]), "product"]
+    readings_of = ("formula, 1/s²", "formula, 1/s", "power iteration", "Lanczos", "certified")
+    return markdown.grid(
+        ("layer", "paper", *readings_of),
+        ((name, *map(_cell, line)) for name, line in zip(names, lines, strict=True)),
     )
 
 
@@ -304,28 +296,17 @@ def _corrected(row: Row) -> str:
 
 def _times(row: Row) -> str:
     linear = [layer for layer in row["layers"] if "lanczos" in layer]
-    ways = ("bound", "numpy", "power", "lanczos")
 
-    def value(layer: Row, way: str) -> float:
-        return layer["unscaled"] / layer["stride"] if way == "numpy" else layer[way]
+    def cell(layer: Row, way: str) -> str:
+        value = layer["unscaled"] / layer["stride"] if way == "numpy" else layer[way]
+        return f"{layer['seconds'][way]:.2f} ({value / layer['lanczos']:.4f})"
 
-    times = markdown.table(
-        ("layer", "certified bound", "NumPy's FFT and SVD", "power iteration", "Lanczos"),
+    in_all = [sum(layer["seconds"][way] for layer in linear) for way in WAYS]
+    times = markdown.grid(
+        ("layer", *WAYS.values()),
         [
-            *(
-                (
-                    layer["layer"],
-                    *(
-                        f"{layer['seconds'][way]:.2f} ({value(layer, way) / layer['lanczos']:.4f})"
-                        for way in ways
-                    ),
-                )
-                for layer in linear
-            ),
-            (
-                "in all",
-                *(f"{sum(layer['seconds'][way] for layer in linear):.2f}" for way in ways),
-            ),
+            *((layer["layer"], *(cell(layer, way) for way in WAYS)) for layer in linear),
+            ("in all", *(f"{seconds:.2f}" for seconds in in_all)),
         ],
     )
     return f"""\

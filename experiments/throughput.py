@@ -50,19 +50,20 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
     xs, targets = chosen.images, chosen.targets
     gradient = time_of_a_gradient(victim.logits_fn, xs[:BATCH_SIZE], targets[:BATCH_SIZE])
     rows: list[Row] = []
-    for attack in ATTACKS:
+    for make in ATTACKS:
+        attack = make(victim.logits_fn)
         for batch_size in options.batch_sizes:
             for way, run in (
-                ("fixed batches", fixed_batches(attack, victim.logits_fn, batch_size)),
-                ("one device", lanes(attack, victim.logits_fn, batch_size, jax.devices()[:1])),
-                ("all devices", lanes(attack, victim.logits_fn, batch_size, jax.devices())),
+                ("fixed batches", fixed_batches(attack, batch_size)),
+                ("one device", lanes(attack, batch_size, jax.devices()[:1])),
+                ("all devices", lanes(attack, batch_size, jax.devices())),
             ):
                 result, seconds = timed(run, xs, targets)
                 seconds /= len(xs)
                 evaluations = float(result.num_evals.mean())
                 rows.append(
                     {
-                        "attack": attack.__name__,
+                        "attack": make.__name__,
                         "batch_size": batch_size,
                         "way": way,
                         "success": float(result.success.mean()),
@@ -81,31 +82,22 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
 
 
 def lanes(
-    attack: Callable[..., attacks.AttackResult],
-    logits_fn: jax.tree_util.Partial,
-    batch_size: int,
-    devices: Sequence[jax.Device],
+    attack: attacks.Attack, batch_size: int, devices: Sequence[jax.Device]
 ) -> Callable[[np.ndarray, np.ndarray], attacks.AttackResult]:
     """The runner on some devices, as a function of images and targets."""
-    return functools.partial(
-        runner.attack_images,
-        functools.partial(attack, logits_fn),
-        batch_size=batch_size,
-        mesh=Mesh(np.asarray(devices), ("images",)),
-    )
+    mesh = Mesh(np.asarray(devices), ("images",))
+    return functools.partial(runner.attack_images, attack, batch_size=batch_size, mesh=mesh)
 
 
 def fixed_batches(
-    attack: Callable[..., attacks.AttackResult],
-    logits_fn: jax.tree_util.Partial,
-    batch_size: int,
+    attack: attacks.Attack, batch_size: int
 ) -> Callable[[np.ndarray, np.ndarray], attacks.AttackResult]:
     """One batch after the other under `jax.vmap`, the last one filled up with the first images."""
     run = vmapped(attack)
 
     def attack_images(xs, targets):
         order = np.resize(np.arange(len(xs)), (-(-len(xs) // batch_size), batch_size))
-        found = [jax.device_get(run(logits_fn, xs[batch], targets[batch])) for batch in order]
+        found = [jax.device_get(run(xs[batch], targets[batch])) for batch in order]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(xs)], *found)
 
     return attack_images
@@ -124,25 +116,14 @@ batch takes {run["microseconds_a_gradient"]:.1f} us an image.
 def table(rows: list[Row]) -> str:
     """The rows as text."""
     return markdown.table(
-        (
-            "attack",
-            "batch size",
-            "fixed, ms/image",
-            "refilled",
-            "gain",
-            "all devices",
-            "/gradients",
-        ),
-        (
-            (
-                one["attack"],
-                str(one["batch_size"]),
-                f"{fixed['milliseconds']:.2f}",
-                f"{one['milliseconds']:.2f}",
-                f"{fixed['milliseconds'] / one['milliseconds']:.1f} x",
-                f"{every['milliseconds']:.2f}",
-                f"{every['seconds_over_gradients']:.1f} x",
-            )
-            for fixed, one, every in zip(rows[::3], rows[1::3], rows[2::3], strict=True)
-        ),
+        [
+            ("attack", one["attack"]),
+            ("batch size", str(one["batch_size"])),
+            ("fixed, ms/image", f"{fixed['milliseconds']:.2f}"),
+            ("refilled", f"{one['milliseconds']:.2f}"),
+            ("gain", f"{fixed['milliseconds'] / one['milliseconds']:.1f} x"),
+            ("all devices", f"{every['milliseconds']:.2f}"),
+            ("/gradients", f"{every['seconds_over_gradients']:.1f} x"),
+        ]
+        for fixed, one, every in zip(rows[::3], rows[1::3], rows[2::3], strict=True)
     )

@@ -115,9 +115,9 @@ def test_the_nearest_of_every_class_is_that_of_the_untargeted_attack(digits):
     net = networks.load_or_train(jax.random.key(9), "FC10(1)", digits, steps=5)
     few = digits.images[:6], digits.labels[:6]
     chosen = Victims(np.arange(6), *few, targets=(few[1] + 1) % 10)
-    nearest = attack_every_class(attacks.lbfgs, net, chosen)
-    untargeted = functools.partial(attacks.untargeted, attacks.lbfgs, net.logits_fn)
-    expected = jax.vmap(untargeted)(*few)
+    attack = attacks.lbfgs(net.logits_fn)
+    nearest = attack_every_class(attack, chosen)
+    expected = jax.vmap(attacks.untargeted(attack))(*few)
     np.testing.assert_allclose(nearest.distortion, expected.distortion, rtol=1e-4)
     np.testing.assert_array_equal(nearest.prediction, expected.prediction)
 

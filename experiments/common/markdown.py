@@ -8,7 +8,14 @@ from experiments.common.statistics import Estimate
 _WIDEST = 48  # characters of a column; longer cells stick out
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, names: int = 1) -> str:
+def table(rows: Iterable[Iterable[tuple[str, str]]], *, names: int = 1) -> str:
+    """A table of rows of cells, each with the heading of its column; as `grid` aligns it."""
+    lines = [list(row) for row in rows]
+    header = [heading for heading, _ in lines[0]]
+    return grid(header, ([cell for _, cell in line] for line in lines), names=names)
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]], *, names: int = 1) -> str:
     """A table whose first columns are names, aligned to the left, and the others numbers."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
     widths = [min(max(map(len, column)), _WIDEST) for column in zip(*lines, strict=True)]

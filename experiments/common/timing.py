@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from advjax import attacks, losses
 
@@ -20,9 +21,14 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     return result, min(_seconds(function, *arguments) for _ in range(3))
 
 
-def vmapped(attack: Callable[..., attacks.AttackResult]) -> Callable[..., attacks.AttackResult]:
-    """An attack of one net on a batch, compiled."""
-    return jax.jit(lambda fn, xs, targets: jax.vmap(functools.partial(attack, fn))(xs, targets))
+def vmapped(attack: attacks.Attack) -> Callable[..., attacks.AttackResult]:
+    """An attack on a batch, compiled; the parameters of its model are arguments of the program."""
+    return functools.partial(_attack_batch, jax.device_put(attack))
+
+
+@jax.jit
+def _attack_batch(attack: attacks.Attack, xs: Array, targets: Array) -> attacks.AttackResult:
+    return jax.vmap(attack)(xs, targets)
 
 
 def time_of_a_gradient(

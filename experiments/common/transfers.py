@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,8 @@ import scipy.stats
 from jaxtyping import Array, Float, Key
 
 from advjax import metrics, transfer
-from advjax.types import Box
+from advjax.attacks import Attack
+from advjax.types import Box, LogitsFn
 from experiments.common import markdown, networks, paper, statistics
 from experiments.common.measure import Content, Row, grouped
 from experiments.common.victims import Victims, attack_victims
@@ -38,10 +39,12 @@ Found = dict[tuple[str, str | None], list[Row]]
 # --- measuring -------------------------------------------------------------------------------
 
 
-def adversarial(attack: Callable[..., Any], net: networks.Network, chosen: Victims) -> Images:
+def adversarial(
+    make: Callable[[LogitsFn], Attack], net: networks.Network, chosen: Victims
+) -> Images:
     """Images that an attack distorted for a net."""
-    x_adv = attack_victims(attack, net, chosen).x_adv
-    return Images(attack.__name__, net.name, x_adv)
+    attack, name = make(net.logits_fn), make.__name__
+    return Images(name, net.name, attack_victims(attack, chosen, f"{net.name}: {name}").x_adv)
 
 
 def controls(key: Key[Array, ""], chosen: Victims, images: Images) -> list[Images]:
@@ -149,7 +152,7 @@ def table(
         text = f"{np.mean([row['distortion'] for row in rows]):.3f}"
         yield text + (f" ({printed[title].distortion:g})" if title in printed else "")
 
-    return markdown.table(
+    return markdown.grid(
         ("errors, % (paper)", *columns, "distortion"),
         (tuple(line(title, rows)) for title, rows in lines.items()),
     )

@@ -1,7 +1,7 @@
 """Units of a layer beside random directions: features, scores and tests."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from matplotlib.figure import Figure
 
 from advjax import plots, units
-from experiments.common import networks
+from experiments.common import markdown, networks, statistics
 from experiments.common.measure import Row
 
 TOP = 10
@@ -67,3 +67,21 @@ def draw_rows(images: Float[np.ndarray, "rows columns *shape"], names: Sequence[
     """Draws rows of images, with the name of each row."""
     places = np.arange(images.shape[0] * images.shape[1]).reshape(images.shape[:2])
     return plots.top_images_grid(images.reshape(-1, *images.shape[2:]), places, names=names)
+
+
+def cells(found: Sequence[Row], *, sides: bool = False) -> Iterator[tuple[str, str]]:
+    """The scores of the units over the seeds beside those of random bases, and the tests.
+
+    Args:
+        found: What `in_numbers` gave for each seed.
+        sides: Whether to count the seeds that are above the rotations, and those below.
+    """
+    tested = equivalence(found)
+    yield "their T", f"{statistics.over(found, 'identity').mean:.3f}"
+    yield "rotated", f"{statistics.over(found, 'rotated').mean:.3f}"
+    yield "effect", markdown.number(statistics.over(found, "effect"), 3)
+    yield "in deviations", f"{statistics.over(found, 'effect_size').mean:+.1f}"
+    yield "smallest p", f"{min(one['p_value'] for one in found):.3f}"
+    for side, number in (("above", 1), ("below", -1)) if sides else ():
+        yield side, f"{sum(outside(one) == number for one in found)} of {len(found)}"
+    yield "equivalent, p", "-" if tested is None else f"{float(tested.p_value):.3f}"

@@ -1,7 +1,5 @@
 """Images to attack, each with a class to reach; and the attacks on all of them."""
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -50,22 +48,16 @@ def random_victims(key: Key[Array, ""], split: data.Dataset, count: int) -> Vict
 
 
 def attack_victims(
-    attack: Callable[..., attacks.AttackResult], network: Network, chosen: Victims
+    attack: attacks.Attack, chosen: Victims, title: str = "attack"
 ) -> attacks.AttackResult:
-    """Attacks each image towards its target, with a bar; `functools.partial` binds options."""
-    name = getattr(attack, "func", attack).__name__
-    return runner.attack_images(
-        functools.partial(attack, network.logits_fn),
-        chosen.images,
-        chosen.targets,
-        progress=f"{network.name}: {name}",
-    )
+    """Attacks each image towards its target, with a progress bar of this title."""
+    return runner.attack_images(attack, chosen.images, chosen.targets, progress=title)
 
 
 def attack_every_class(
-    attack: Callable[..., attacks.AttackResult], network: Network, chosen: Victims
+    attack: attacks.Attack, chosen: Victims, title: str = "attack"
 ) -> attacks.AttackResult:
-    """The nearest of the nine other classes, as `attacks.untargeted` takes it, with a bar.
+    """The nearest of the nine other classes, as `attacks.untargeted` finds it, with a progress bar.
 
     With a lane of the runner for each target it takes a fraction of the time, as no image waits for
     the slowest of its targets.
@@ -73,6 +65,6 @@ def attack_every_class(
     classes = np.arange(10)
     others = np.stack([classes[classes != label] for label in chosen.labels])
     each = Victims(*(np.repeat(field, 9, axis=0) for field in chosen))
-    every = attack_victims(attack, network, each._replace(targets=others.ravel()))
+    every = attack_victims(attack, each._replace(targets=others.ravel()), title)
     nearest = np.where(every.success, every.distortion, np.inf).reshape(-1, 9).argmin(axis=1)
     return jax.tree.map(lambda leaf: leaf[9 * np.arange(len(others)) + nearest], every)

@@ -174,14 +174,13 @@ def draw_views(content: Content, arrays: Arrays) -> Figure:
 def table_of_views(rows: list[Row]) -> str:
     """The rows of a figure, in words."""
     return markdown.table(
-        ("row", "the photographs", "of one", "photographs in ten views"),
         (
-            (
-                row["name"],
-                ", ".join(row["names"]),
-                markdown.percent(row["purity"], 0),
-                str(row["different"]),
-            )
+            [
+                ("row", row["name"]),
+                ("the photographs", ", ".join(row["names"])),
+                ("of one", markdown.percent(row["purity"], 0)),
+                ("photographs in ten views", str(row["different"])),
+            ]
             for row in rows
         ),
         names=2,
