@@ -23,7 +23,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +35,7 @@ from advjax import attacks, data, metrics, training, transfer
 from experiments.common import markdown, networks, paper, statistics
 from experiments.common.claims import Claim, verdict
 from experiments.common.measure import Content, Row, grouped
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.victims import attack_victims, random_victims
 
 RECIPE = networks.RECIPES["FC100-100-10"]
@@ -88,7 +87,7 @@ class Options(DigitOptions):
     images: int = 500
     """How many test images to attack for each seed."""
     seeds: int = 3
-    TRIAL = MappingProxyType({"images": 32, "seeds": 2})
+    TRIAL = trial(images=32, seeds=2)
 
     def load(self) -> Materials:  # type: ignore[override]
         """Loads the digits and makes the pools, once for all seeds: each compiles its attacks."""

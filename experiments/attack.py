@@ -7,14 +7,13 @@ on after a kill, and ends in what it would have come to without.
 
 import dataclasses
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 
 from advjax import attacks, runner
 from experiments.common import markdown, networks
 from experiments.common.measure import Content, Row
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.victims import victims
 
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
@@ -29,7 +28,7 @@ class Options(DigitOptions):
     """The net to attack, by the paper's name."""
     images: int = 2000
     """How many test images."""
-    TRIAL = MappingProxyType({"images": 64})
+    TRIAL = trial(images=64)
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:

@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ from matplotlib.figure import Figure
 from advjax import attacks, metrics, runner, solvers
 from experiments.common import foolbox_peers, markdown, networks
 from experiments.common.measure import Arrays, Content, Row
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.peers import Outcome, Way, scipy_lbfgs
 from experiments.common.timing import BATCH_SIZE, time_of_a_gradient, timed, vmapped
 from experiments.common.victims import victims
@@ -57,7 +56,7 @@ class Options(DigitOptions):
     """How many test images our attacks take; all others take the first 50."""
     peers: bool = False
     """Run foolbox's attacks too."""
-    TRIAL = MappingProxyType({"images": 8})
+    TRIAL = trial(images=8)
 
     def load(self) -> Digits:
         """Loads the digits."""

@@ -13,7 +13,6 @@ the bound.
 import dataclasses
 import functools
 import time
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from advjax.lipschitz.bound import linear_layers
 from experiments.common import markdown, networks
 from experiments.common.claims import Claim
 from experiments.common.measure import Content, Row
-from experiments.common.options import PhotographOptions
+from experiments.common.options import PhotographOptions, trial
 from experiments.common.photographs import Subjects, load_network, load_subjects
 from experiments.common.slopes import Linear, estimate, steepest
 
@@ -38,7 +37,7 @@ class Options(PhotographOptions):
 
     count: int = 20
     """At how many photographs to take the slope of the net, at most."""
-    TRIAL = MappingProxyType({"count": 1})
+    TRIAL = trial(count=1)
 
     def load(self) -> Subjects:
         """Loads the net and the photographs that it has right; of a trial one, shrunk."""

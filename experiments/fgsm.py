@@ -14,9 +14,7 @@ the paper's Table 4). For another net those images count that it gets right as w
 the step's length in each pixel, but signs at random.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +27,7 @@ from advjax.types import LogitsFn
 from experiments.common import markdown, networks, paper, statistics
 from experiments.common.claims import Claim, verdict
 from experiments.common.measure import Arrays, Content, Row, grouped
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import Digits, VictimOptions
 from experiments.common.victims import Victims, attack_every_class, random_victims
 
 EPSILONS = tuple(k / 60 for k in range(19))
@@ -47,14 +45,8 @@ _random_signs = jax.jit(jax.vmap(transfer.random_signs))
 _distances = jax.jit(jax.vmap(metrics.distortion))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(DigitOptions):
+class Options(VictimOptions):
     """Measures how often one gradient step misleads the nets of Table 1, here and on other nets."""
-
-    images: int = 1000
-    """How many test images to attack for each seed."""
-    seeds: int = 5
-    TRIAL = MappingProxyType({"images": 64, "seeds": 2})
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:

@@ -12,7 +12,6 @@ random. Whether units and directions differ is asked by the rotation test.
 """
 
 import dataclasses
-from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -22,7 +21,7 @@ from advjax import metrics, units
 from experiments.common import markdown, networks, statistics
 from experiments.common.claims import Claim
 from experiments.common.measure import Arrays, Content, Row
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.units import TOP, alive, draw_rows, features
 
 NET = "ConvNet"
@@ -35,7 +34,7 @@ class Options(DigitOptions):
     """Draws the test images that go farthest along units and along random directions."""
 
     seeds: int = 3
-    TRIAL = MappingProxyType({"seeds": 2})
+    TRIAL = trial(seeds=2)
     TRIAL_STEPS = 60
 
 

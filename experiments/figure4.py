@@ -21,7 +21,6 @@ half a view in ten.
 """
 
 import dataclasses
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ from advjax import data, units
 from experiments.common import markdown, networks, statistics
 from experiments.common.claims import Claim
 from experiments.common.measure import Arrays, Content, Row
-from experiments.common.options import PhotographOptions
+from experiments.common.options import PhotographOptions, trial
 from experiments.common.photographs import load_network
 from experiments.common.units import (
     ALPHA,
@@ -91,7 +90,7 @@ class Options(PhotographOptions):
     """How many random bases to compare the units with."""
     seeds: int = 5
     """How many draws of directions, and parts of the units."""
-    TRIAL = MappingProxyType({"seeds": 2, "rotations": 19})
+    TRIAL = trial(seeds=2, rotations=19)
 
     def load(self) -> Materials:
         """Loads and cuts the photographs, of a trial eight, shrunk; and computes the features."""

@@ -18,7 +18,6 @@ import functools
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from advjax import attacks, data, losses, metrics, plots
 from experiments.common import foolbox_peers, markdown, networks, paper
 from experiments.common.claims import Claim, verdict
 from experiments.common.measure import Arrays, Content, Row
-from experiments.common.options import PhotographOptions
+from experiments.common.options import PhotographOptions, trial
 from experiments.common.photographs import OSTRICH, Subjects, load_network, load_subjects
 from experiments.common.timing import vmapped
 from experiments.common.victims import Victims, attack_victims
@@ -56,7 +55,7 @@ class Options(PhotographOptions):
     """The same of the paper's attack, which needs more to reach the target."""
     no_peers: bool = False
     """Leave foolbox's DDN and Carlini-Wagner out, which attack some of the photographs too."""
-    TRIAL = MappingProxyType({"evals": 20, "lbfgs_evals": 20})
+    TRIAL = trial(evals=20, lbfgs_evals=20)
 
     def load(self) -> Subjects:
         """Loads the net and the photographs; of a trial two, shrunk."""

@@ -21,7 +21,6 @@ paper, and all else be taken for a car. The control is Gaussian noise of the sam
 import dataclasses
 import functools
 from collections.abc import Iterator
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ from advjax import attacks, data, plots, solvers, transfer
 from experiments.common import markdown, networks
 from experiments.common.claims import Claim
 from experiments.common.measure import Arrays, Content, Row, grouped
-from experiments.common.options import PhotographOptions
+from experiments.common.options import PhotographOptions, trial
 from experiments.common.photographs import load_network
 
 CARS = (436, 468, 511, 609, 627, 656, 661, 717, 751, 817)
@@ -72,7 +71,7 @@ class Options(PhotographOptions):
     """How many of those that are judged right to attack, at most: cars first."""
     seeds: int = 1
     """How many times to draw crops, to train and to attack."""
-    TRIAL = MappingProxyType({"attacked": 3})
+    TRIAL = trial(attacked=3)
 
     def load(self) -> Subjects:
         """Loads the photographs and the net."""

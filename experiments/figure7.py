@@ -10,7 +10,6 @@ of the first one. What lies outside [0, 1] is drawn as black or white.
 
 import dataclasses
 from collections.abc import Iterator
-from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -21,7 +20,7 @@ from advjax import attacks, metrics, plots
 from experiments.common import markdown, networks, paper, statistics
 from experiments.common.claims import Claim
 from experiments.common.measure import Arrays, Content, Row, grouped
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.victims import attack_victims, random_victims
 
 NETS = tuple(paper.TABLE1)
@@ -38,7 +37,7 @@ class Options(DigitOptions):
     images: int = 12
     """How many test images to distort for (a) and (b), and to draw."""
     seeds: int = 5
-    TRIAL = MappingProxyType({"seeds": 2})
+    TRIAL = trial(seeds=2)
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:

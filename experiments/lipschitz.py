@@ -17,7 +17,6 @@ certificates are those of pairs.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -30,7 +29,7 @@ from advjax import attacks, data, lipschitz, metrics, training
 from experiments.common import markdown, networks, statistics
 from experiments.common.claims import Claim, verdict
 from experiments.common.measure import Arrays, Content, Row, grouped
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.victims import Victims, attack_every_class, random_victims
 
 NET = "FC100-100-10"
@@ -77,7 +76,7 @@ class Options(DigitOptions):
     images: int = 1000
     """How many test images to attack in (a)."""
     seeds: int = 3
-    TRIAL = MappingProxyType({"images": 48, "seeds": 1})
+    TRIAL = trial(images=48, seeds=1)
     TRIAL_STEPS = 100
 
     @property

@@ -18,7 +18,6 @@ against noise is a sign test, one-sided, of how many other nets each photograph 
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +30,7 @@ from advjax import attacks, metrics, models, transfer
 from experiments.common import markdown, networks, statistics
 from experiments.common.claims import Claim
 from experiments.common.measure import Content, Row, grouped
-from experiments.common.options import PhotographOptions
+from experiments.common.options import PhotographOptions, trial
 from experiments.common.photographs import OSTRICH, Subjects, load_network, load_subjects, predict
 from experiments.common.victims import Victims, attack_victims
 
@@ -51,7 +50,7 @@ class Options(PhotographOptions):
     """A file of torchvision's AlexNet, of PyTorch or safetensors, to join the nets."""
     seeds: int = 1
     """How many times to draw noise."""
-    TRIAL = MappingProxyType({"count": 2})
+    TRIAL = trial(count=2)
 
     def load(self) -> Subjects:
         """Loads EfficientNet-Lite0 and the photographs that it has right."""

@@ -7,7 +7,6 @@ Expected: every attack succeeds, with a mean distortion of 0.06 to 0.07; noise o
 hardly a prediction.
 """
 
-import dataclasses
 
 import jax
 import numpy as np
@@ -24,7 +23,6 @@ SHOWN = 8
 ATTACKS = (attacks.lbfgs, attacks.minimum_norm)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(DigitOptions):
     """Trains FC100-100-10, attacks 100 digits that it gets right, and draws some."""
 

@@ -21,7 +21,6 @@ above their least value on fewer than ten images are left out.
 """
 
 import dataclasses
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ from advjax import data, units
 from experiments.common import markdown, networks
 from experiments.common.claims import Claim
 from experiments.common.measure import Arrays, Content, Row, grouped
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.units import (
     ALPHA,
     MARGIN,
@@ -64,7 +63,7 @@ class Options(DigitOptions):
     """How many convolutional nets to train, at most as many as `seeds`: each takes minutes."""
     rotations: int = 999
     """How many random bases to compare the units with."""
-    TRIAL = MappingProxyType({"seeds": 2, "convnet_seeds": 2, "rotations": 99})
+    TRIAL = trial(seeds=2, convnet_seeds=2, rotations=99)
     TRIAL_STEPS = 60
 
 

@@ -14,9 +14,7 @@ sigmoid nets take ten times the printed lambdas, which brings them nearest to th
 errors. How the autoencoder was trained the paper does not tell; ours errs more.
 """
 
-import dataclasses
 from collections.abc import Iterator
-from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -25,7 +23,7 @@ from advjax import attacks, metrics
 from experiments.common import markdown, networks, paper, statistics
 from experiments.common.claims import Claim
 from experiments.common.measure import Content, Row, grouped
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import Digits, VictimOptions
 from experiments.common.victims import (
     ATTACKS,
     Victims,
@@ -35,14 +33,8 @@ from experiments.common.victims import (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(DigitOptions):
+class Options(VictimOptions):
     """Trains the nets of Table 1 and measures how far the nearest adversarial images are."""
-
-    images: int = 1000
-    """How many test images to attack for each seed."""
-    seeds: int = 5
-    TRIAL = MappingProxyType({"images": 32, "seeds": 2})
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:

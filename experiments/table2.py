@@ -8,8 +8,6 @@ have used. Beside the paper's control, noise of a fixed stddev, stand two closer
 from each image as its adversarial one, and the adversarial distortion with its signs drawn anew.
 """
 
-import dataclasses
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,20 +15,14 @@ import jax
 from experiments.common import markdown, networks, paper, statistics, transfers
 from experiments.common.claims import Claim
 from experiments.common.measure import Content, Row
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import Digits, VictimOptions
 from experiments.common.victims import ATTACKS, random_victims
 
 STDDEVS = (0.1, 0.3)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(DigitOptions):
+class Options(VictimOptions):
     """Distorts training images for each net of Table 1, and asks all the others."""
-
-    images: int = 1000
-    """How many training images to attack for each seed."""
-    seeds: int = 5
-    TRIAL = MappingProxyType({"images": 64, "seeds": 2})
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:

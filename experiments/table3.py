@@ -6,9 +6,7 @@ are those of test images towards random other classes. The paper does not tell w
 distortions are of; a secondary note says test images.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from types import MappingProxyType
 
 import jax
 
@@ -17,20 +15,14 @@ from experiments.common import markdown, paper, statistics
 from experiments.common.claims import Claim
 from experiments.common.halves import divide, train_on_halves
 from experiments.common.measure import Content, Row, grouped
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import Digits, VictimOptions
 from experiments.common.victims import ATTACKS, Victims, attack_victims, random_victims
 
 ERRORS = {"error_p1": "error on P1", "error_p2": "on P2", "test_error": "on the test set"}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(DigitOptions):
+class Options(VictimOptions):
     """Trains the nets of Table 3 and measures their errors and distortions."""
-
-    images: int = 1000
-    """How many test images to attack for each seed."""
-    seeds: int = 5
-    TRIAL = MappingProxyType({"images": 32, "seeds": 2})
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:

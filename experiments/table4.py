@@ -8,9 +8,7 @@ mislead not even the net that it was made for, to which the paper gives 100 %. T
 other lengths.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -20,7 +18,7 @@ from experiments.common import paper, transfers
 from experiments.common.claims import Claim
 from experiments.common.halves import divide, train_on_halves
 from experiments.common.measure import Arrays, Content, Row
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import Digits, VictimOptions
 from experiments.common.victims import ATTACKS, random_victims
 
 CURVE = (0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
@@ -30,14 +28,8 @@ LITERAL = MAGNIFIED / 28
 """What an L2 length of 0.1 is as an RMS over the 28 x 28 pixels."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(DigitOptions):
+class Options(VictimOptions):
     """Distorts test images for each net of Table 4, and asks the others."""
-
-    images: int = 1000
-    """How many test images to attack for each seed."""
-    seeds: int = 5
-    TRIAL = MappingProxyType({"images": 64, "seeds": 2})
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:

@@ -25,7 +25,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -41,7 +40,7 @@ from advjax.lipschitz.norms import Dense
 from experiments.common import markdown, networks, paper, statistics
 from experiments.common.claims import Claim
 from experiments.common.measure import Content, Row, grouped
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.slopes import estimate, input_like, steepest
 
 NETS = ("FC100-100-10", "ConvNet")
@@ -72,7 +71,7 @@ class Options(DigitOptions):
     weights: Path | None = None
     """A file of torchvision's AlexNet, of PyTorch or safetensors, to bound too."""
     seeds: int = 3
-    TRIAL = MappingProxyType({"images": 16, "seeds": 1})
+    TRIAL = trial(images=16, seeds=1)
     TRIAL_STEPS = 20
 
 

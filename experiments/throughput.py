@@ -13,7 +13,6 @@ times what the gradients take; a batch of 64 to 128 is best.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -22,7 +21,7 @@ from jax.sharding import Mesh
 from advjax import attacks, runner
 from experiments.common import markdown, networks
 from experiments.common.measure import Content, Row
-from experiments.common.options import DigitOptions, Digits
+from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.timing import BATCH_SIZE, time_of_a_gradient, timed, vmapped
 from experiments.common.victims import victims
 
@@ -39,7 +38,7 @@ class Options(DigitOptions):
     """How many test images."""
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
     """How many images each device has in work."""
-    TRIAL = MappingProxyType({"images": 64, "batch_sizes": (16,)})
+    TRIAL = trial(images=64, batch_sizes=(16,))
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:

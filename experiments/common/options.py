@@ -17,6 +17,11 @@ Name = Literal["mnist", "fashion_mnist"]
 Source = Literal["auto", "tfds", "embedded"]
 
 
+def trial(**options: Any) -> Mapping[str, Any]:
+    """What replaces other options in a trial."""
+    return MappingProxyType(options)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """What every experiment can be told. Subclasses add fields, each with its docstring."""
@@ -28,8 +33,7 @@ class Options:
     reuse: bool = False
     """Take the numbers that are in `out` if they are of the same options."""
 
-    TRIAL: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """What replaces other options in a trial."""
+    TRIAL: ClassVar[Mapping[str, Any]] = trial()
     TRIAL_STEPS: ClassVar[int] = 300
     """For how many steps a network is trained in a trial."""
 
@@ -124,6 +128,16 @@ class DigitOptions(Options):
             flush=True,
         )
         return digits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VictimOptions(DigitOptions):
+    """Those of an experiment that attacks images for networks trained on others."""
+
+    images: int = 1000
+    """How many images to attack for each seed."""
+    seeds: int = 5
+    TRIAL = trial(images=64, seeds=2)
 
 
 def first(split: data.Dataset, count: int) -> data.Dataset:
