@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from advjax import attacks, losses, metrics, solvers
-from experiments.peers import scipy_lbfgs
+from experiments.common.peers import scipy_lbfgs
 from tests.oracles import nearest_in_half_spaces, rms
 
 ATTACKS = [attacks.lbfgs, attacks.minimum_norm]
