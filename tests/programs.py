@@ -74,23 +74,21 @@ class Draw:
         """A random kernel, now and then a peculiar one."""
         fan_in = max(math.prod(shape[:-1]), 1)
         array = self.rng.normal(size=shape) / math.sqrt(fan_in)
-        kind = self.rng.integers(16)
+        kind = self.rng.integers(20)
         if kind == 0:
             array = np.ones(shape)
         elif kind == 1:
             array = np.abs(array)
         elif kind == 2:
-            array = np.zeros(shape)
-        elif kind == 3:
             array *= self.extreme()
-        elif kind == 4:
+        elif kind == 3:
             array *= self.rng.integers(2, size=shape)
         return self.constant(array)
 
     def number(self) -> Any:
         """A random factor."""
-        plain = [*self.rng.normal(size=6), -1.0, 2.0, 0.5, 0.0, 100.0]
-        return self.constant(self.rng.choice(plain) if self.rng.integers(6) else self.extreme())
+        plain = [*self.rng.normal(size=12), -1.0, 2.0, 0.5, 0.0, 100.0]
+        return self.constant(self.rng.choice(plain) if self.rng.integers(12) else self.extreme())
 
     def extreme(self) -> float:
         """A factor that is near the ends of the range of float32."""
@@ -214,6 +212,12 @@ def _scale(draw):
 def _divide(draw):
     divisor = draw.constant(draw.choice(3.0, -0.5, draw.extreme()))
     return lambda x: x / divisor
+
+
+@_step(LINEAR)
+def _there_and_back(draw):
+    factor = draw.constant(draw.choice(draw.extreme(), 3.0))
+    return lambda x: x * factor * factor / factor / factor
 
 
 @_step(LINEAR)

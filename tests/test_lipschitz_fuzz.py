@@ -42,39 +42,55 @@ class Case(NamedTuple):
 
 
 def draw_case(seed: int) -> Case:
-    """Mostly short programs, of which the bounds are tight, and every other one hostile."""
+    """Mostly short programs, of which the bounds are tight, and every third one hostile."""
     rng = np.random.default_rng(seed)
-    groups = [
-        (programs.LAYERS, 5),
-        (programs.ACTIVATIONS, 4),
-        (programs.LINEAR, 3),
-        (programs.STRUCTURES, 3),
-        (programs.SMOOTH, 1),
-    ]
-    names = [name for group, weight in groups for name in rng.choice(group, 8 * weight)]
-    steps = list(programs.random_steps(rng, names, int(rng.integers(1, 6))))
-    rare = [programs.JUMPS, programs.PRODUCTS, programs.CASTS, [], [], []]
-    if hostile := rare[rng.integers(len(rare))]:
+    steps: list[programs.Step] = []
+    for _ in range(rng.integers(1, 5)):
+        steps += programs.random_steps(rng, GROUPS[rng.choice(len(GROUPS), p=WEIGHTS)], 1)
+    if rng.random() < 1 / 3:
+        hostile = programs.JUMPS if rng.random() < 1 / 2 else programs.PRODUCTS
         steps[rng.integers(len(steps) + 1) : 0] = programs.random_steps(rng, hostile, 1)
-    if rng.integers(2):
-        steps.extend(programs.random_steps(rng, ["ravel", "dense", "two_layers"], 3))
+    if rng.random() < 1 / 3:
+        steps += programs.random_steps(rng, ["ravel", "dense", "two_layers"], 2)
     shape = [(4,), (6,), (3, 2), (4, 3), (2, 3, 2), ()][rng.integers(6)]
-    shapes = [shape] if rng.integers(5) else [shape, (3,)]
-    dtype = rng.choice([np.float32] * 7 + [jnp.bfloat16])
+    shapes = [shape] if rng.random() < 0.8 else [shape, (3,)]
+    dtype = jnp.bfloat16 if rng.random() < 0.1 else np.float32
     examples = tuple(rng.normal(size=shape).astype(dtype) for shape in shapes)
-    return Case(tuple(steps), examples, *draw_region(rng, examples))
+    return draw_region(rng, Case(tuple(steps), examples, None, None))
 
 
-def draw_region(rng: np.random.Generator, examples: tuple[np.ndarray, ...]):
+GROUPS = [
+    programs.LAYERS,
+    programs.ACTIVATIONS,
+    programs.LINEAR,
+    programs.STRUCTURES,
+    programs.SMOOTH,
+    programs.CASTS,
+]
+WEIGHTS = np.array([5, 4, 3, 4, 1, 1]) / 18
+
+
+def draw_region(rng: np.random.Generator, case: Case) -> Case:
     """A box and a radius, or one of them, or none; the examples may be outside of the box."""
-    radius = np.float32(rng.choice([0.05, 0.5, 3.0, 1e-3, 0.0], p=[0.3, 0.3, 0.3, 0.05, 0.05]))
-    low, high = (float(end) for end in rng.choice([(0, 1), (-1, 1), (-3, 3), (0.4, 0.5)]))
-    box: Any = (low, high)
-    if len(examples) == 1 and rng.integers(2):  # a box for each entry, some of them points
-        lower = examples[0].astype(np.float32) + rng.normal(size=examples[0].shape) / 2 - 0.5
-        width = rng.exponential(size=lower.shape) * (rng.random(lower.shape) < 0.8)
-        box = (lower.astype(np.float32), (lower + width).astype(np.float32))
-    return [(None, None), (box, None), (None, radius), (box, radius)][rng.integers(4)]
+    has_box, has_radius = rng.random(2) < 0.6
+    if has_box:
+        low, high = (float(end) for end in rng.choice([(0, 1), (-1, 1), (-3, 3), (0.4, 0.5)]))
+        box: tuple[Any, Any] = (low, high)
+        if len(case.examples) == 1 and rng.random() < 0.5:  # for each entry, some of them points
+            lower = rng.normal(size=case.examples[0].shape)
+            upper = lower + rng.exponential(size=lower.shape) * (rng.random(lower.shape) < 0.8)
+            box = tuple(np.asarray(end, case.examples[0].dtype) for end in (lower, upper))
+        if rng.random() < 0.7:
+            inside = (np.clip(x, *box).astype(x.dtype) for x in case.examples)
+            case = case._replace(examples=tuple(inside))
+        case = case._replace(box=box)
+    if has_radius:
+        radius = rng.choice([0.05, 0.5, 3.0, 1e-3, 0.0], p=[0.3, 0.3, 0.3, 0.05, 0.05])
+        region = region_of(case)
+        if rng.random() < 0.9:
+            radius += np.linalg.norm(region.middle - region.centre)
+        case = case._replace(radius=np.float32(radius))
+    return case
 
 
 def function(case: Case, arithmetic: programs.Arithmetic) -> Callable:
