@@ -101,6 +101,16 @@ def test_a_region_that_is_none_is_refused(region):
             of(jnp.tanh, V, **region)
 
 
+def test_what_is_known_while_a_function_is_traced_raises_then():
+    with pytest.raises(ValueError, match="radius"):
+        jax.jit(lambda x: lipschitz.bound(jnp.tanh, x, radius=-1.0).constant)(V)
+    with pytest.raises(ValueError, match="box"):
+        jax.jit(lambda x: lipschitz.bound(jnp.tanh, x, box=(1, 0)).constant)(V)
+    for fn in (jnp.square, jnp.exp, lambda x: x * x, lambda x: 1 / x):
+        with pytest.raises(lipschitz.NotLipschitzError, match="box"):
+            jax.jit(lambda x, fn=fn: lipschitz.bound(fn, x).constant)(V)
+
+
 def test_a_traced_region_that_is_none_has_an_infinite_bound():
     @jax.jit
     def found(radius, lower):

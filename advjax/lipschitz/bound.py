@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from advjax import checks
 from advjax.lipschitz import intervals, links, patterns
@@ -30,7 +30,7 @@ from advjax.lipschitz.rules import (
     linear_layer,
 )
 from advjax.lipschitz.scaled import Scaled, largest, scaled, unscaled
-from advjax.lipschitz.signals import Interval, Operation, Scalar, Signal, concrete
+from advjax.lipschitz.signals import Interval, Operation, Scalar, Signal, concrete, known_now
 from advjax.lipschitz.walk import Context, walk
 from advjax.types import Box
 
@@ -223,7 +223,7 @@ def _region(
     program = jax.make_jaxpr(fn)(*example_inputs)
     avals = [v.aval for v in program.jaxpr.invars]
     boxes = [None if box is None else _ends(box, aval) for aval in avals]
-    valid = [jnp.all(ends.lower <= ends.upper) for ends in boxes if ends is not None]
+    valid = [_is_box(ends) for ends in boxes if ends is not None]
     if not _is_true(valid):
         raise ValueError(
             "box: a lower bound above its upper bound, or not a number; expected lower <= upper."
@@ -236,29 +236,24 @@ def _region(
         ]
         return _Region(program, inputs, None, jnp.asarray(math.inf))
 
-    given, radius = radius, jnp.asarray(radius, jnp.result_type(float))
-    if radius.shape:
-        raise ValueError(f"radius: shape {radius.shape}, expected one number; use jax.vmap.")
-    if not _is_true([radius >= 0]):
-        raise ValueError(f"radius: {given}, expected a number of at least 0.")
+    if jnp.shape(radius):
+        raise ValueError(f"radius: shape {jnp.shape(radius)}, expected one number; use jax.vmap.")
+    if not _is_true([not_negative := _is_not_negative(radius)]):
+        raise ValueError(f"radius: {radius}, expected a number of at least 0.")
+    radius = jnp.asarray(radius, jnp.result_type(float))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         raise TypeError("example_inputs: shapes, expected the arrays that `radius` is around.")
-    examples = [
-        jnp.asarray(leaf, aval.dtype).astype(jnp.promote_types(aval.dtype, jnp.float32))
-        for leaf, aval in zip(leaves, avals, strict=True)
-    ]
-    numbers = [~jnp.any(jnp.isnan(x)) for x in examples]
+    examples = [_example(leaf, aval) for leaf, aval in zip(leaves, avals, strict=True)]
+    numbers = [_is_number(x) for x in examples]
     if not _is_true(numbers):
         raise ValueError("example_inputs: not a number, expected what `radius` is around.")
-    infinite = _unless([*valid, radius >= 0, *numbers])
+    infinite = _unless([*valid, not_negative, *numbers])
     inputs, outside = [], []
     for x, ends, aval in zip(examples, boxes, avals, strict=True):
-        centre = Interval(x, x)
-        if ends is not None:
-            # The projection onto the box is no farther from any point of it than the example is.
-            nearest = jnp.clip(x, *ends)
-            centre = Interval(nearest, nearest)
-            outside.append(jnp.any(nearest != x))
+        # The projection onto the box is no farther from any point of it than the example is.
+        nearest = x if ends is None else _clip(x, ends)
+        outside.append(jnp.any(nearest != x))
+        centre = Interval(nearest, nearest)
         interval = intervals.widened_by(centre, radius)
         interval = interval if ends is None else intervals.intersection(interval, ends)
         inputs.append(Signal(aval.shape, aval.dtype, infinite, interval=interval, centre=centre))
@@ -266,6 +261,32 @@ def _region(
     return _Region(program, inputs, radius, certifies)
 
 
+@known_now
+def _is_box(ends: Interval) -> Bool[Array, ""]:
+    return jnp.all(ends.lower <= ends.upper)
+
+
+@known_now
+def _is_not_negative(radius: Float[ArrayLike, ""]) -> Bool[Array, ""]:
+    return jnp.asarray(radius) >= 0
+
+
+@known_now
+def _is_number(x: Float[Array, "*shape"]) -> Bool[Array, ""]:
+    return ~jnp.any(jnp.isnan(x))
+
+
+@known_now
+def _example(leaf: Float[ArrayLike, "*shape"], aval: Any) -> Float[Array, "*shape"]:
+    return jnp.asarray(leaf, aval.dtype).astype(jnp.promote_types(aval.dtype, jnp.float32))
+
+
+@known_now
+def _clip(x: Float[Array, "*shape"], ends: Interval) -> Float[Array, "*shape"]:
+    return jnp.clip(x, ends.lower, ends.upper)
+
+
+@known_now
 def _ends(box: Box, aval: Any) -> Interval:
     """The ends of a box for one input, rounded outwards."""
     dtype = jnp.promote_types(aval.dtype, jnp.float32)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from advjax.lipschitz import elementwise
 from advjax.lipschitz.elementwise import Elementwise
 from advjax.lipschitz.gram import gamma
-from advjax.lipschitz.signals import Interval, Operation, Signal
+from advjax.lipschitz.signals import Interval, Operation, Signal, known_now
 
 # Exact, and nondecreasing in each input that may be a signal.
 _ORDERED = frozenset(
@@ -35,6 +35,7 @@ _ORDERED = frozenset(
 _ULPS = 64  # more than elementary functions and a few operations after them are off by
 
 
+@known_now
 def enclosure(  # noqa: PLR0911
     op: Operation, inputs: Sequence[Any]
 ) -> Interval | None:
@@ -126,6 +127,7 @@ def anywhere(signal: Signal, depth: int = 16, found: dict[int, Interval] | None 
         return found[id(signal)]
     dtype = jnp.promote_types(signal.dtype, jnp.float32)
 
+    @known_now
     def between(low, high):
         return _widened(jnp.full(signal.shape, low, dtype), jnp.full(signal.shape, high, dtype))
 
@@ -208,17 +210,20 @@ def _widened(
     )
 
 
+@known_now
 def intersection(one: Interval, other: Interval) -> Interval:
     """What is in both."""
     return Interval(jnp.maximum(one.lower, other.lower), jnp.minimum(one.upper, other.upper))
 
 
+@known_now
 def widened_by(interval: Interval, distance: Float[ArrayLike, "..."]) -> Interval:
     """All that is within a distance of an interval, entry by entry."""
     distance = jnp.asarray(distance, interval.lower.dtype)
     return _widened(interval.lower - distance, interval.upper + distance, scale=distance)
 
 
+@known_now
 def slope_on(row: Elementwise, interval: Interval) -> Float[Array, "*shape"] | float:
     """The largest slope of an elementwise function on intervals, rounded up."""
     if row.slope_on is None:
@@ -228,6 +233,7 @@ def slope_on(row: Elementwise, interval: Interval) -> Float[Array, "*shape"] | f
     return jnp.minimum(jnp.where(jnp.isnan(slope), jnp.inf, slope), row.slope)
 
 
+@known_now
 def largest_slope(op: Operation, steepest: float) -> Float[Array, "*shape"] | float:
     """The largest slope of a nondecreasing elementwise operation on the interval of its input.
 

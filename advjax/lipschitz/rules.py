@@ -21,7 +21,7 @@ from advjax.lipschitz import elementwise, intervals
 from advjax.lipschitz.convolution import Convolution
 from advjax.lipschitz.norms import Dense, Linear, conv, upper_norm
 from advjax.lipschitz.scaled import Scaled, aligned, highest, scaled
-from advjax.lipschitz.signals import Operation, Scalar, Signal, concrete
+from advjax.lipschitz.signals import Interval, Operation, Scalar, Signal, concrete, known_now
 
 Rule = Callable[[Operation], Any]
 
@@ -307,9 +307,8 @@ def _div(op: Operation) -> Scalar:
     numerator, denominator = op.inputs
     if not isinstance(denominator, Signal):
         return _spread(op, numerator) * _largest_inverse(denominator)
-    interval = intervals.anywhere(denominator)
-    distance = jnp.min(jnp.abs(jnp.clip(0, *interval)), initial=jnp.inf)
-    if concrete(distance) and distance == 0:
+    distance = _distance_from_zero(intervals.anywhere(denominator))
+    if concrete(distance) and float(distance) == 0:
         raise NotLipschitzError(
             "the denominator depends on the input of the function, and may be 0", _BOUNDED
         )
@@ -317,6 +316,11 @@ def _div(op: Operation) -> Scalar:
     if isinstance(numerator, Signal):
         found = found + _spread(op, numerator) / distance
     return found
+
+
+@known_now
+def _distance_from_zero(interval: Interval) -> Float[Array, ""]:
+    return jnp.min(jnp.abs(jnp.clip(0, *interval)), initial=jnp.inf)
 
 
 def _largest_of(value: Any) -> Scalar:
@@ -327,7 +331,11 @@ def _largest_of(value: Any) -> Scalar:
 
 def _magnitude(signal: Signal, why: str) -> Scalar:
     """The largest magnitude of the entries of a signal; an error if it is known to have none."""
-    found = _largest(jnp.stack(intervals.anywhere(signal)))
+    lower, upper = map(_largest, intervals.anywhere(signal))
+    if isinstance(lower, float) and isinstance(upper, float):
+        found: Scalar = max(lower, upper)
+    else:
+        found = jnp.maximum(lower, upper)
     if concrete(found) and not np.isfinite(found):
         raise NotLipschitzError(f"{why}, and can be of any size", _BOUNDED)
     return found
@@ -385,7 +393,7 @@ def _elementwise(op: Operation) -> Scalar:
     assert row is not None
     slope: Any = row.slope
     if not math.isfinite(slope):
-        slope = _largest(jnp.asarray(intervals.slope_on(row, intervals.anywhere(signal))))
+        slope = _largest(intervals.slope_on(row, intervals.anywhere(signal)))
         if concrete(slope) and not np.isfinite(slope):
             raise NotLipschitzError("its slope has no bound", _BOUNDED)
     return signal.constant if slope == 1 else slope * signal.constant

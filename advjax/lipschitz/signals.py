@@ -115,3 +115,18 @@ class Signal:
 def concrete(*values: Any) -> bool:
     """Whether values are known now, rather than traced."""
     return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def known_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Evaluate a function now where its arguments are known, even while one around it is traced."""
+
+    @functools.wraps(function)
+    def evaluate(*args, **options):
+        leaves = jax.tree.leaves((args, options))
+        places = [(x.interval, x.centre) for x in leaves if isinstance(x, Signal)]
+        if not concrete(*leaves, *jax.tree.leaves(places)):
+            return function(*args, **options)
+        with jax.ensure_compile_time_eval():
+            return function(*args, **options)
+
+    return evaluate
