@@ -710,7 +710,7 @@ def _stop_gradient(draw):
 def _wrong_gradient(draw):
     """A function whose derivative, by its own account, is zero."""
     branch = draw.inner(PRESERVING)
-    fn = jax.custom_jvp(lambda x: branch(x))
+    fn = jax.custom_jvp(branch)
     fn.defjvp(lambda primals, tangents: (branch(primals[0]), jnp.zeros_like(tangents[0])))
     return fn
 
@@ -837,6 +837,6 @@ def _printed(draw):
 
 @_step(STRUCTURES)
 def _by_the_spectrum(draw):
-    if not draw.shape or draw.arithmetic.casts and draw.like.dtype != jnp.float32:
+    if not draw.shape or (draw.arithmetic.casts and draw.like.dtype != jnp.float32):
         return None
     return lambda x: jnp.fft.ifft(jnp.fft.fft(x)).real.astype(x.dtype)

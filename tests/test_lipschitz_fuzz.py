@@ -286,7 +286,7 @@ def bounds_of(case: Case, ways: list[str]):
             if kind == "pairwise":
                 found = lipschitz.pairwise(
                     as_vector(fn), *examples, method=METHODS[method], **options
-                )
+                ).constant
             elif kind == "traced":
 
                 @jax.jit
@@ -335,8 +335,10 @@ def shortened(case: Case, ways: list[str]) -> Case:
 def report(seed: int, case: Case, faults: list[str]) -> str:
     jaxpr = jax.make_jaxpr(function(case, programs.WRITTEN))(*case.examples)
     return "\n".join(
-        [f"seed {seed}", *faults, *map(str, case.steps), str(jaxpr)]
-        + [f"box {case.box}", f"radius {case.radius}", f"examples {case.examples}"]
+        [
+            *(f"seed {seed}", *faults, *map(str, case.steps), str(jaxpr)),
+            *(f"box {case.box}", f"radius {case.radius}", f"examples {case.examples}"),
+        ]
     )
 
 

@@ -158,14 +158,14 @@ def _product(kinds: Kinds, kernels: Kernels) -> ChainBound:
         for kind, kernel in zip(kinds, kernels, strict=True)
     ]
     last = kernels[-1]
-    growth = math.prod(norms[:-1], start=jnp.ones((), last.dtype))
+    growth = functools.reduce(_times, norms[:-1], jnp.ones((), last.dtype))
     growth *= 1 + gamma(4 * len(kernels), last.dtype)
     # A pixel of a convolution reads no more than all of the taps, each at another input.
     rows = last.reshape(-1, last.shape[-1])
     scale = power_of_two(rows)
     found = _bounds(_Reach(rows / scale, jnp.zeros((), last.dtype), scale, growth))
     if isinstance(kinds[-1], Convolution):
-        found = found._replace(constant=_finite(growth * norms[-1]))
+        found = found._replace(constant=_times(growth, norms[-1]))
     return found
 
 
@@ -255,7 +255,9 @@ def _reach(
 def _scaled(reach: _Reach) -> _Reach:
     """The same with entries of order 1."""
     power = jax.lax.stop_gradient(power_of_two(reach.matrix))
-    return _Reach(reach.matrix / power, reach.error / power, reach.scale * power, reach.growth)
+    # A scale that underflows is rounded up: it stays a power of two.
+    scale = jnp.maximum(reach.scale * power, jnp.finfo(reach.scale.dtype).tiny)
+    return _Reach(reach.matrix / power, reach.error / power, scale, reach.growth)
 
 
 def _follow(reach: _Reach, multipliers: _Multipliers, spectrum: Spectrum, grid: Grid) -> _Reach:
@@ -295,7 +297,7 @@ def _follow(reach: _Reach, multipliers: _Multipliers, spectrum: Spectrum, grid: 
     growth = reach.growth * (1 + 8 * eps) / jnp.sqrt(1 - jnp.max(e))
     # Aliases are averaged, and so are the squares of their errors at most.
     behind = spectra.fold(behind, grid)
-    return _scaled(_Reach(behind, jnp.max(error), reach.scale * scale, growth))
+    return _scaled(_Reach(behind, jnp.max(error), _times(reach.scale, scale), growth))
 
 
 def _scaling_error(kernel: Float[Array, "*window in out"]) -> Float[Array, ""]:
@@ -321,7 +323,7 @@ def _bounds(reach: _Reach) -> ChainBound:
     *grid, dims, _ = reach.matrix.shape
     frequencies = math.prod(grid)
     rounded_up = 1 + gamma(frequencies * dims + 16, reach.error.dtype)
-    factor = reach.scale * reach.growth * rounded_up
+    factor = _times(reach.scale, reach.growth) * rounded_up
 
     def lengths(vectors):
         # Of a pixel, whose output is the mean over the frequencies, each turned by some angle.
@@ -332,16 +334,19 @@ def _bounds(reach: _Reach) -> ChainBound:
     columns = jnp.moveaxis(reach.matrix, -1, 0)
     pairs = jax.lax.map(lambda column: lengths(column[..., None] - reach.matrix), columns)
     norm = jnp.max(spectra.over_frequencies(norm_bound, reach.matrix))
-    found = ChainBound(
-        constant=factor * (norm + reach.error),
-        outputs=factor * (lengths(reach.matrix) + reach.error),
-        pairs=factor * (pairs + math.sqrt(2) * (1 + eps) * reach.error),
+    return ChainBound(
+        constant=_times(factor, norm + reach.error),
+        outputs=_times(factor, lengths(reach.matrix) + reach.error),
+        pairs=_times(factor, pairs + math.sqrt(2) * (1 + eps) * reach.error),
     )
-    return jax.tree.map(_finite, found)
 
 
-def _finite(bounds: Float[Array, "*bounds"]) -> Float[Array, "*bounds"]:
-    return jnp.where(jnp.isfinite(bounds), bounds, jnp.inf)
+def _times(factor: Float[Array, ""], bounds: Float[Array, "*bounds"]) -> Float[Array, "*bounds"]:
+    """A product rounded up where it underflows, and infinite where it is not a number."""
+    product = factor * bounds
+    positive = (factor > 0) & (bounds > 0)
+    product = jnp.where(positive, jnp.maximum(product, jnp.finfo(product.dtype).tiny), product)
+    return jnp.where(jnp.isfinite(product), product, jnp.inf)
 
 
 def _chain(layers: Layers, slopes: Slopes) -> tuple[Kinds, Kernels]:

@@ -93,6 +93,8 @@ class Convolution(NamedTuple):
 
     def bound(self, kernel: Float[Array, "*window in out"]) -> Float[Array, ""]:
         """An upper bound of the operator norm; infinite unless it is finite."""
+        if not kernel.size or not math.prod(self.input_shape(kernel.shape)):
+            return jnp.zeros((), kernel.dtype)
         *window, inputs, outputs = kernel.shape
         one = self._replace(groups=1)
         group_bound = one.frequency_bound

@@ -203,7 +203,13 @@ def _started(
     normal = jax.random.normal(key, (num, *like.shape), like.dtype)
     starts = jax.vmap(unit)(normal)
     scale = power_of_two(forward(starts[0]))
-    return _Operator(lambda x: forward(x) / scale, lambda y: transpose(y / scale), scale), starts
+
+    def scaled(x):
+        # Without the barrier XLA may divide twice by the scale as once by its square, which
+        # underflows or overflows.
+        return jax.lax.optimization_barrier(x / scale)
+
+    return _Operator(lambda x: scaled(forward(x)), lambda y: transpose(scaled(y)), scale), starts
 
 
 def _lanczos(
@@ -259,6 +265,7 @@ def _dot(a: Array, b: Array) -> Array:
 
 def unit(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """An array of length 1 in the same direction; 0 for 0."""
+    x = x / jax.lax.stop_gradient(power_of_two(x))  # whose squares neither underflow nor overflow
     norm = losses.l2(x)
     return x / jnp.where(norm > 0, norm, 1)
 

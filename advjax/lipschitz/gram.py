@@ -20,9 +20,11 @@ underflows then is at most 2^-126 an entry, far below the one unit of roundoff a
 It takes a matrix product of IEEE precision: `Precision.HIGHEST`, on CPU and GPU.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Bool, Float, Inexact
 
 from advjax.lipschitz.estimates import power_of_two
 
@@ -54,7 +56,19 @@ def norm_bound(matrix: Inexact[Array, "rows cols"]) -> Float[Array, ""]:
 
     bound, _ = jax.lax.scan(unsquared, magnitude_bound(last), rest, reverse=True)
     bound, _ = unsquared(bound, first)
+    # Subnormal entries, which arithmetic may take for 0.
+    flushed = (bound == 0) & is_nonzero(matrix)
+    least = float(jnp.finfo(matrix.dtype).tiny) * (1 + math.sqrt(matrix.size))
+    bound = jnp.where(flushed, least, bound)
     return jnp.where(jnp.isfinite(bound), bound, jnp.inf)
+
+
+def is_nonzero(x: Inexact[Array, "..."]) -> Bool[Array, ""]:
+    """Whether any entry is not 0, by its bits: comparisons may take subnormal numbers for 0."""
+    if jnp.iscomplexobj(x):
+        return is_nonzero(x.real) | is_nonzero(x.imag)
+    integers = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    return jnp.any(jax.lax.bitcast_convert_type(x, integers) << 1 != 0)
 
 
 def _squared(matrix: Inexact[Array, "rows cols"]) -> tuple[Inexact[Array, "cols cols"], tuple]:

@@ -8,21 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from advjax.lipschitz import elementwise
 from advjax.lipschitz.convolution import Convolution
 from advjax.lipschitz.intervals import largest_slope
 from advjax.lipschitz.norms import Dense, Linear
-from advjax.lipschitz.patterns import SELU_SLOPE
 from advjax.lipschitz.rules import convolution
 from advjax.lipschitz.signals import Operation, Signal
 
 # Elementwise and nondecreasing, with the largest slope.
 _SLOPES = {
-    **dict.fromkeys(["max", "min", "clamp", "tanh", "atan", "asinh"], 1.0),
-    **dict.fromkeys(["softplus", "celu", "soft_sign", "hard_tanh"], 1.0),
+    **{
+        name: row.slope
+        for name, row in elementwise.TABLE.items()
+        if row.increasing and math.isfinite(row.slope)
+    },
+    **dict.fromkeys(["max", "min", "clamp", "celu"], 1.0),
     **dict.fromkeys(["add", "add_any", "sub", "copy", "copy_p", "stop_gradient"], 1.0),
-    "logistic": 1 / 4,
-    "erf": 2 / math.sqrt(math.pi) * (1 + 2.0**-23),
-    "selu": SELU_SLOPE,
 }
 _ORDERED = ("clamp", "sub")  # nondecreasing in one of their operands only
 _SHIFTS = ("add", "add_any", "sub", "copy", "copy_p")

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from advjax import checks
 from advjax.lipschitz.convolution import Axis, Convolution
-from advjax.lipschitz.estimates import Pair, top_pair
+from advjax.lipschitz.estimates import Pair, power_of_two, top_pair
 from advjax.lipschitz.gram import norm_bound
 
 Padding = str | Sequence[tuple[int, int]]
@@ -154,7 +154,10 @@ def _lower_norm_jvp(layer, primals, tangents):
 @functools.partial(jax.jit, static_argnums=0)
 def _top_pair(layer: Dense | Convolution, kernel: Float[Array, "*kernel"]) -> Pair:
     like = jax.ShapeDtypeStruct(layer.input_shape(kernel.shape), kernel.dtype)
-    return top_pair(functools.partial(layer.apply, kernel), like)
+    # Scaled, so that the lengths of what it makes neither underflow nor overflow.
+    scale = power_of_two(kernel)
+    pair = top_pair(functools.partial(layer.apply, kernel / scale), like)
+    return pair._replace(value=pair.value * scale)
 
 
 def _between(layer: Dense | Convolution, kernel: Float[Array, "*kernel"]) -> NormBound:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from advjax.lipschitz import elementwise
 from advjax.lipschitz.signals import Operation, Signal, concrete
 from advjax.lipschitz.walk import Context, walk
 
@@ -21,6 +23,9 @@ Found = tuple[Operation, float] | None
 
 def match(op: Operation, like: Any) -> Found:
     """The function that an operation completes, as an operation, with its gain; or None."""
+    complex_numbers = any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in op.signals)
+    if complex_numbers or not jnp.issubdtype(like.dtype, jnp.floating):
+        return None
     for pattern in (_softmax, _log_softmax, _log_sum_exp, _normalisation):
         found = pattern(op)
         if found is not None:
@@ -32,23 +37,18 @@ def _as(op: Operation, name: str, signal: Signal, gain: float) -> Found:
     return op._replace(name=name, inputs=(signal,)), gain
 
 
-# Elementwise functions. Their largest slopes are those of a dense search, rounded up; the slope
-# has one smooth maximum each.
-
-SELU_SLOPE = 1.75810
+# Elementwise functions, with the arguments that they have beside x, and their largest slope
 
 _SLOPES: dict[str, tuple[Callable, tuple[float, ...], Callable[..., float]]] = {
-    "gelu": (lambda x: jax.nn.gelu(x, approximate=False), (), lambda: 1.12905),
-    "gelu_tanh": (lambda x: jax.nn.gelu(x, approximate=True), (), lambda: 1.12905),
-    "silu": (jax.nn.silu, (), lambda: 1.09985),
-    "mish": (jax.nn.mish, (), lambda: 1.08855),
-    "softplus": (jax.nn.softplus, (), lambda: 1.0),
+    **{
+        name: (elementwise.TABLE[name].fn, (), lambda slope=elementwise.TABLE[name].slope: slope)
+        for name in (
+            *("gelu", "gelu_tanh", "silu", "mish", "softplus", "selu", "hard_tanh", "soft_sign"),
+        )
+    },
     "elu": (jax.nn.elu, (0.5,), lambda alpha: max(1.0, abs(alpha))),
-    "selu": (jax.nn.selu, (), lambda: SELU_SLOPE),
     "leaky_relu": (jax.nn.leaky_relu, (0.5,), lambda slope: max(1.0, abs(slope))),
-    "hard_tanh": (jax.nn.hard_tanh, (), lambda: 1.0),
     "celu": (jax.nn.celu, (0.5,), lambda alpha: 1.0 if alpha > 0 else math.inf),
-    "soft_sign": (jax.nn.soft_sign, (), lambda: 1.0),
 }
 
 
@@ -75,7 +75,7 @@ def _reference(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Signal, l
     closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype), *scalars)
     leaves = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars]
 
-    def record(op, avals, rules):
+    def record(op, avals, function_rule):
         passes = op.name == "copy" or (op.name == "convert_element_type" and not op.shape)
         if passes:  # as where the scalar is a number that is converted while it is traced
             return op.inputs

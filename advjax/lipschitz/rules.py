@@ -1,32 +1,59 @@
 """How each primitive acts on Lipschitz constants, and the table of them.
 
-A rule takes an `Operation` and returns a constant, in L2, that holds for each of its results. Where
-it returns the very constant of an input, the operation is not listed as a layer.
+A rule takes an `Operation` and returns a constant, in L2, that holds for each of its results, or a
+list with one for each (or the error that tells why it has none). Where it returns the very constant
+of an input, the operation is not listed as a layer. The rules here are homogeneous: with all
+constants multiplied by a factor, so is what they return.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 from jaxtyping import Array, Float
 
+from advjax.lipschitz import elementwise, intervals
 from advjax.lipschitz.convolution import Convolution
 from advjax.lipschitz.norms import Dense, Linear, conv, upper_norm
-from advjax.lipschitz.signals import Operation, Scalar, Signal, concrete
+from advjax.lipschitz.scaled import Scaled, aligned, highest, scaled
+from advjax.lipschitz.signals import Interval, Operation, Scalar, Signal, concrete, known_now
 
-Rule = Callable[[Operation], Scalar]
+Rule = Callable[[Operation], Any]
 
 ROUNDING = 1 + 2.0**-20  # more than the few roundings of one rule, in float32
 
 RULES: dict[str, Rule] = {}
-FUNCTION_RULES: dict[str, Rule] = {}
+FUNCTION_RULES: dict[Callable, Rule] = {}
 
 
 class NotLipschitzError(ValueError):
-    """An operation has no Lipschitz constant that holds for every input, or none is known."""
+    """An operation has no Lipschitz constant that holds for every input, or none is known.
+
+    Attributes:
+        remedy: What would help; by default a rule of one's own.
+    """
+
+    def __init__(self, message: str, remedy: str = ""):
+        super().__init__(message)
+        self.remedy = remedy
+
+
+_BOUNDED = (
+    "Bound the function in a `box` or within a `radius`, or keep what it is computed from bounded, "
+    "as by jnp.tanh or jnp.clip; or put what it is a part of in a function under jax.jit and tell "
+    "that function's constant with lipschitz.register_rule."
+)
+
+
+_OWN_FUNCTION = (
+    "Put what it is a part of in a function under jax.jit and tell that function's constant with "
+    "lipschitz.register_rule."
+)
 
 
 def register_rule(operation: str | Callable, rule: Rule) -> None:
@@ -38,31 +65,189 @@ def register_rule(operation: str | Callable, rule: Rule) -> None:
         register_rule("my_primitive", lambda op: 2 * op.inputs[0].constant)
 
     Args:
-        operation: The name of a primitive as the error message gives it, or a function under
-            `jax.jit` (or `jax.custom_jvp`), which is then recognised by its name and not looked
-            into.
+        operation: The name of a primitive as the error message gives it; or a function, which is
+            then not looked into. The function must be called under `jax.jit` (or be a
+            `jax.custom_jvp`), since nothing else leaves a trace of it. It is recognised by the
+            program that it is traced to for the arrays that it is called with, by itself or under
+            one `jax.vmap` over all of them: another function of the same name has another program.
+            A function with static arguments is not recognised; put it in one without.
         rule: From an `Operation` to a Lipschitz constant of its results with respect to the
             input of the whole function, made from `op.inputs`, each a `Signal` with its `constant`
-            or an array. It replaces a rule that is there.
+            or an array; or to a list with a constant for each result. It replaces a rule that is
+            there.
 
     Raises:
         TypeError: If `operation` is neither a string nor a named function.
     """
     if isinstance(operation, str):
         RULES[operation] = rule
-    elif callable(operation) and hasattr(operation, "__name__"):
-        FUNCTION_RULES[operation.__name__] = rule
-    else:
+        return
+    name = getattr(operation, "__name__", None)
+    if not callable(operation) or name is None:
         raise TypeError(
-            f"operation: {operation!r}, expected the name of a primitive or a jitted function."
+            f"operation: {operation!r}, expected the name of a primitive or a function under "
+            "jax.jit."
         )
+    if name == "<lambda>":
+        raise TypeError(
+            "operation: a lambda, expected a named function; a rule belongs to one function, which "
+            "errors and breakdowns call by its name: write it with `def` and put it under jax.jit."
+        )
+    is_traced = hasattr(operation, "trace") or isinstance(
+        operation, jax.custom_jvp | jax.custom_vjp
+    )
+    FUNCTION_RULES[operation if is_traced else jax.jit(operation)] = rule
+
+
+def function_rule(eqn: core.JaxprEqn) -> tuple[str, Rule] | None:
+    """The name and the rule of the registered function that an equation calls, if it does."""
+    for function, rule in FUNCTION_RULES.items():
+        name = function.__name__
+        if eqn.params.get("name", name) == name and _calls(eqn, function):
+            return name, rule
+    return None
+
+
+def _calls(eqn: core.JaxprEqn, function: Callable) -> bool:
+    """Whether an equation is what a function is traced to, for arrays like those it is applied to.
+
+    Names tell nothing: `vmap`, `grad` and closures all make other functions of the same name.
+    """
+    avals: list[Any] = [v.aval for v in eqn.invars]
+    like = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
+    for traced in (function, jax.vmap(function)):
+        try:
+            eqns = jax.make_jaxpr(traced)(*like).jaxpr.eqns
+        except Exception:  # whatever a function may raise for arrays that were not meant for it
+            continue
+        if len(eqns) == 1 and _same_equation(eqns[0], eqn):
+            return True
+    return False
+
+
+_IRRELEVANT = frozenset(  # parameters that do not change what is computed
+    ["name", "jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "fwd", "bwd", "ctx_mesh"]
+)
+
+
+def _same_equation(one: core.JaxprEqn, other: core.JaxprEqn) -> bool:
+    if one.primitive is not other.primitive or one.params.keys() != other.params.keys():
+        return False
+    return all(
+        _same_value(one.params[key], other.params[key]) for key in one.params.keys() - _IRRELEVANT
+    )
+
+
+def _same_value(one: Any, other: Any) -> bool:  # noqa: PLR0911
+    """Whether two parameters or constants are the same; False where that cannot be told."""
+    if one is other:
+        return True
+    if isinstance(one, core.ClosedJaxpr) and isinstance(other, core.ClosedJaxpr):
+        return (
+            _same_program(one.jaxpr, other.jaxpr)
+            and len(one.consts) == len(other.consts)
+            and all(map(_same_value, one.consts, other.consts))
+        )
+    if isinstance(one, core.Jaxpr) and isinstance(other, core.Jaxpr):
+        return _same_program(one, other)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same_value, one, other))
+    if isinstance(one, jax.Array | np.ndarray) or isinstance(other, jax.Array | np.ndarray):
+        return (
+            concrete(one, other)
+            and np.shape(one) == np.shape(other)
+            and jnp.result_type(one) == jnp.result_type(other)
+            and bool(np.all(np.asarray(one) == np.asarray(other)))
+        )
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError):
+        return False
+
+
+def _same_program(one: core.Jaxpr, other: core.Jaxpr) -> bool:
+    """Whether two jaxprs have the same operations on the same variables."""
+    numbers: tuple[dict, dict] = {}, {}
+
+    def same_atoms(these, those):
+        if len(these) != len(those):
+            return False
+        for pair in zip(these, those, strict=True):
+            if any(isinstance(atom, core.Literal) for atom in pair):
+                if not all(isinstance(atom, core.Literal) for atom in pair):
+                    return False
+                if not _same_value(*(np.asarray(atom.val) for atom in pair)):
+                    return False
+            else:
+                a, b = (of.setdefault(v, len(of)) for of, v in zip(numbers, pair, strict=True))
+                if a != b:
+                    return False
+            if pair[0].aval.str_short() != pair[1].aval.str_short():
+                return False
+        return True
+
+    return (
+        same_atoms([*one.constvars, *one.invars], [*other.constvars, *other.invars])
+        and len(one.eqns) == len(other.eqns)
+        and all(
+            _same_equation(a, b)
+            and same_atoms(a.invars, b.invars)
+            and same_atoms(a.outvars, b.outvars)
+            for a, b in zip(one.eqns, other.eqns, strict=True)
+        )
+        and same_atoms(one.outvars, other.outvars)
+    )
+
+
+def constants(layer: Operation, rule: Rule, results: int = 1) -> list[Scaled | NotLipschitzError]:
+    """The constants of an operation's results by its rule, rounded up.
+
+    The rules of this module see all constants divided by the same power of two, so that nothing
+    that they compute underflows.
+    """
+    signals = {id(s): s for s in layer.signals}
+    exponent: int | Array = 0
+    if rule in _HOMOGENEOUS or getattr(rule, "homogeneous", False):
+        exponent = highest([s.scaled for s in signals.values()])
+        seen = {key: s.with_constant(aligned(s.scaled, exponent)) for key, s in signals.items()}
+        layer = layer._replace(inputs=tuple(seen.get(id(x), x) for x in layer.inputs))
+    else:
+        seen = signals
+    found = rule(layer)
+    values = found if isinstance(found, list | tuple) else [found] * results
+
+    def rounded_up(value):
+        if isinstance(value, NotLipschitzError):
+            return value
+        for key, signal in seen.items():
+            if value is signal.constant:
+                return signals[key].scaled
+        return scaled(value * ROUNDING, exponent)
+
+    return [rounded_up(value) for value in values]
+
+
+def constant(layer: Operation, rule: Rule) -> Scaled:
+    """The constant of the one result of an operation by its rule, rounded up."""
+    found = constants(layer, rule)[0]
+    if isinstance(found, NotLipschitzError):
+        raise found
+    return found
+
+
+def homogeneous(rule: Rule) -> Rule:
+    """Mark a rule whose result is multiplied by a factor if all constants are."""
+    rule.homogeneous = True  # type: ignore[attr-defined]
+    return rule
 
 
 def _only(op: Operation, allowed: slice = slice(1)) -> Signal:
     """The one signal among the inputs, which must be among the allowed ones."""
     rest = op.signals
     if len(rest) != 1 or not any(x is rest[0] for x in op.inputs[allowed]):
-        raise NotLipschitzError("more than its operand depends on the input of the function")
+        raise NotLipschitzError(
+            "more than its operand depends on the input of the function", _OWN_FUNCTION
+        )
     return rest[0]
 
 
@@ -107,25 +292,73 @@ def _together(op: Operation) -> Scalar:
 
 
 def _mul(op: Operation) -> Scalar:
-    if len(op.signals) > 1:
-        raise NotLipschitzError("both factors depend on the input of the function")
+    """`x y - x' y' = x (y - y') + y' (x - x')`, entry by entry."""
     left, right = op.inputs
-    signal, factor = (left, right) if isinstance(left, Signal) else (right, left)
-    return _spread(op, signal) * _largest(factor)
+    if len(op.signals) == 1:
+        signal, factor = (left, right) if isinstance(left, Signal) else (right, left)
+        return _spread(op, signal) * _largest(factor)
+    why = "both factors depend on the input of the function"
+    one, other = (_magnitude(x, why) for x in op.inputs)
+    return one * _spread(op, right) + other * _spread(op, left)
 
 
 def _div(op: Operation) -> Scalar:
+    """A product with `1 / y`, whose slope is `1 / y^2`."""
     numerator, denominator = op.inputs
-    if isinstance(denominator, Signal):
-        raise NotLipschitzError("the denominator depends on the input of the function")
-    return _spread(op, numerator) * _largest(1 / jnp.asarray(denominator))
+    if not isinstance(denominator, Signal):
+        return _spread(op, numerator) * _largest_inverse(denominator)
+    distance = _distance_from_zero(intervals.anywhere(denominator))
+    if concrete(distance) and float(distance) == 0:
+        raise NotLipschitzError(
+            "the denominator depends on the input of the function, and may be 0", _BOUNDED
+        )
+    found = _largest_of(numerator) / distance**2 * _spread(op, denominator)
+    if isinstance(numerator, Signal):
+        found = found + _spread(op, numerator) / distance
+    return found
+
+
+@known_now
+def _distance_from_zero(interval: Interval) -> Float[Array, ""]:
+    return jnp.min(jnp.abs(jnp.clip(0, *interval)), initial=jnp.inf)
+
+
+def _largest_of(value: Any) -> Scalar:
+    if isinstance(value, Signal):
+        return _magnitude(value, "the denominator depends on the input of the function")
+    return _largest(value)
+
+
+def _magnitude(signal: Signal, why: str) -> Scalar:
+    """The largest magnitude of the entries of a signal; an error if it is known to have none."""
+    lower, upper = map(_largest, intervals.anywhere(signal))
+    if isinstance(lower, float) and isinstance(upper, float):
+        found: Scalar = max(lower, upper)
+    else:
+        found = jnp.maximum(lower, upper)
+    if concrete(found) and not np.isfinite(found):
+        raise NotLipschitzError(f"{why}, and can be of any size", _BOUNDED)
+    return found
 
 
 def _largest(array: Array) -> Scalar:
     if concrete(array):
         with jax.ensure_compile_time_eval():
-            return float(np.max(np.abs(np.asarray(array, np.float64)), initial=0))
-    return jnp.max(jnp.abs(array), initial=0)
+            # First the magnitudes, which are real, and then float64, which has them all.
+            return float(np.max(np.abs(np.asarray(array)).astype(np.float64), initial=0))
+    magnitudes = jnp.abs(array)
+    dtype = jnp.promote_types(magnitudes.dtype, jnp.float32)
+    return jnp.max(magnitudes.astype(dtype), initial=0)
+
+
+def _largest_inverse(array: Array) -> Scalar:
+    if concrete(array):
+        with jax.ensure_compile_time_eval(), np.errstate(divide="ignore"):
+            magnitudes = np.abs(np.asarray(array)).astype(np.float64)
+            return float(np.max(1 / magnitudes, initial=0))
+    magnitudes = jnp.abs(array)
+    dtype = jnp.promote_types(magnitudes.dtype, jnp.float32)
+    return jnp.max(1 / magnitudes.astype(dtype), initial=0)
 
 
 def _broadcast(op: Operation) -> Scalar:
@@ -138,27 +371,91 @@ def _reduce_sum(op: Operation) -> Scalar:
 
 
 def _convert(op: Operation) -> Scalar:
-    if not jnp.issubdtype(op.params["new_dtype"], jnp.floating):
-        raise NotLipschitzError("rounding to integers is not continuous")
+    new = jnp.dtype(op.params["new_dtype"])
+    if jnp.issubdtype(new, jnp.inexact) and new.itemsize > 1:
+        # Rounding to 16 bits or more is that of the arithmetic, which bounds leave out.
+        return _only(op).constant
+    raise NotLipschitzError(f"rounding to {new} is not continuous", _OWN_FUNCTION)
+
+
+def _reduce_precision(op: Operation) -> Scalar:
+    info = jnp.finfo(_only(op).dtype)
+    kept = op.params["mantissa_bits"] >= info.nmant and op.params["exponent_bits"] >= info.nexp
+    if not kept:
+        raise NotLipschitzError("rounding to fewer bits is not continuous", _OWN_FUNCTION)
     return _only(op).constant
 
 
-def _integer_pow(op: Operation) -> Scalar:
-    if op.params["y"] != 1:
-        raise NotLipschitzError("its slope has no bound")
-    return _only(op).constant
+def _elementwise(op: Operation) -> Scalar:
+    """A function without a largest slope, where its input is known to lie."""
+    row = elementwise.row(op)
+    signal = _only(op)
+    assert row is not None
+    slope: Any = row.slope
+    if not math.isfinite(slope):
+        slope = _largest(intervals.slope_on(row, intervals.anywhere(signal)))
+        if concrete(slope) and not np.isfinite(slope):
+            raise NotLipschitzError("its slope has no bound", _BOUNDED)
+    return signal.constant if slope == 1 else slope * signal.constant
+
+
+def _sort(op: Operation) -> list[Scalar | NotLipschitzError]:
+    """Sorting is 1-Lipschitz; where it puts anything else is not continuous in what it sorts."""
+    keys = op.inputs[: op.params["num_keys"]]
+    if not any(isinstance(key, Signal) for key in keys):
+        return [x.constant if isinstance(x, Signal) else 0.0 for x in op.inputs]
+    first = keys[0].constant if isinstance(keys[0], Signal) else 0.0
+    moved = NotLipschitzError("where an entry is put jumps with what is sorted", _OWN_FUNCTION)
+    return [first, *[moved] * (len(op.inputs) - 1)]
 
 
 def _select(op: Operation) -> Scalar:
     which, *_ = op.inputs
     if isinstance(which, Signal):
-        raise NotLipschitzError("the choice depends on the input of the function")
+        raise NotLipschitzError("the choice depends on the input of the function", _OWN_FUNCTION)
     return _joint(op)
 
 
+def _transform(op: Operation) -> Scalar:
+    """A discrete Fourier transform; of half a spectrum each entry but two counts twice."""
+    length = math.prod(op.params["fft_lengths"])
+    kind = jax.lax.FftType(op.params["fft_type"]).name
+    norms = {
+        "FFT": math.sqrt(length),
+        "RFFT": math.sqrt(length),
+        "IFFT": 1 / math.sqrt(length) if length else 0.0,
+        "IRFFT": math.sqrt(2 / length) if length else 0.0,
+    }
+    if kind not in norms:
+        raise NotLipschitzError(f"there is no rule for {kind}", _OWN_FUNCTION)
+    return norms[kind] * _only(op).constant
+
+
 def _linear(op: Operation) -> Scalar:
+    if not math.prod(op.shape) or not all(math.prod(np.shape(x)) for x in op.inputs):
+        return 0.0
+    if len(op.signals) == 2:
+        return _bilinear(op)
     layer, kernels = linear_layer(op)
     return _largest_norm(layer, kernels) * op.signals[0].constant
+
+
+def _bilinear(op: Operation) -> Scalar:
+    """`X Y - X' Y' = X (Y - Y') + (X - X') Y'`, each factor by the norm of its magnitudes."""
+    if op.name != "dot_general":
+        raise NotLipschitzError("the kernel depends on the input of the function", _OWN_FUNCTION)
+    _, batch = op.params["dimension_numbers"]
+    norms = []
+    for side, signal in enumerate(op.inputs):
+        _magnitude(signal, "both factors depend on the input of the function")
+        lower, upper = intervals.anywhere(signal)
+        squares = jnp.square(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
+        others = [a for a in range(squares.ndim) if a not in batch[side]]
+        # The length of all entries of a factor, at most 2 sums of squares in float32.
+        length = jnp.sqrt(jnp.max(jnp.sum(squares, axis=tuple(others)), initial=0))
+        norms.append(length * (1 + squares.size * float(jnp.finfo(squares.dtype).eps)))
+    left, right = op.inputs
+    return norms[0] * right.constant + norms[1] * left.constant
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -174,18 +471,31 @@ def linear_layer(op: Operation) -> tuple[Dense | Convolution, Float[Array, "bloc
 
 
 def _dot_general(op: Operation) -> tuple[Dense, Float[Array, "blocks in out"]]:
-    if len(op.signals) > 1:
-        raise NotLipschitzError("both factors depend on the input of the function")
     contract, batch = op.params["dimension_numbers"]
     side = 0 if isinstance(op.inputs[1], Signal) else 1
-    kernel = op.inputs[side]
+    kernel = _in_float32(op.inputs[side])
     contracted, batched = contract[side], batch[side]
     free = [a for a in range(kernel.ndim) if a not in (*contracted, *batched)]
     kernel = jnp.transpose(kernel, (*batched, *contracted, *free))
     rows = math.prod(kernel.shape[len(batched) : len(batched) + len(contracted)])
     blocks = math.prod(kernel.shape[: len(batched)])
     # The axes that only the signal has repeat the product, which does not change the norm.
-    return Dense(), kernel.reshape(blocks, rows, -1)
+    kernel = kernel.reshape(blocks, rows, -1)
+    if jnp.iscomplexobj(kernel):  # as a real matrix, of real and imaginary parts
+        kernel = jnp.concatenate(
+            [
+                jnp.concatenate([kernel.real, kernel.imag], 2),
+                jnp.concatenate([-kernel.imag, kernel.real], 2),
+            ],
+            1,
+        )
+    return Dense(), kernel
+
+
+def _in_float32(kernel: Any) -> Array:
+    """A kernel in the precision that bounds are computed in: at least float32."""
+    kernel = jnp.asarray(kernel)
+    return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
 
 
 def _convolution(op: Operation) -> tuple[Dense | Convolution, Float[Array, "1 *window in out"]]:
@@ -198,11 +508,11 @@ def convolution(op: Operation) -> Linear:
     params = op.params
     signal = op.inputs[0]
     if isinstance(op.inputs[1], Signal):
-        raise NotLipschitzError("the kernel depends on the input of the function")
+        raise NotLipschitzError("the kernel depends on the input of the function", _OWN_FUNCTION)
     if params["batch_group_count"] != 1:
-        raise NotLipschitzError("batch_group_count is not supported")
+        raise NotLipschitzError("batch_group_count is not supported", _OWN_FUNCTION)
     lhs, rhs, _ = params["dimension_numbers"]
-    kernel = jnp.transpose(op.inputs[1], (*rhs[2:], rhs[1], rhs[0]))
+    kernel = jnp.transpose(_in_float32(op.inputs[1]), (*rhs[2:], rhs[1], rhs[0]))
     # Zeros put between the pixels leave the norm of the image as it is.
     size = [
         max((signal.shape[axis] - 1) * d + 1, 0)
@@ -286,17 +596,14 @@ def _gather(op: Operation) -> Scalar:
 
 
 _NONEXPANSIVE = """
-    abs asinh atan copy copy_p cos dynamic_slice neg pad real reduce_max reduce_min
-    reduce_precision reshape rev sin slice sort split squeeze stop_gradient tanh transpose
-    unstack
+    conj copy copy_p dynamic_slice imag pad real reduce_max reduce_min reshape rev slice split
+    squeeze stop_gradient transpose unstack
 """
 
 RULES |= {name: _gain(1) for name in _NONEXPANSIVE.split()}
+RULES |= {name: _elementwise for name in elementwise.TABLE if hasattr(jax.lax, f"{name}_p")}
 RULES |= {
     "clamp": lambda op: _only(op, slice(1, 2)).constant,
-    "logistic": _gain(1 / 4),
-    "erf": _gain(2 / math.sqrt(math.pi)),
-    "erfc": _gain(2 / math.sqrt(math.pi)),
     "max": _joint,
     "min": _joint,
     "add": _sum,
@@ -304,13 +611,18 @@ RULES |= {
     "sub": _sum,
     "mul": _mul,
     "div": _div,
+    "complex": _joint,
     "concatenate": _together,
     "stack": _together,
     "optimization_barrier": _together,
     "broadcast_in_dim": _broadcast,
     "reduce_sum": _reduce_sum,
     "convert_element_type": _convert,
-    "integer_pow": _integer_pow,
+    "integer_pow": _elementwise,
+    "reduce_precision": _reduce_precision,
+    "sort": _sort,
+    "top_k": _gain(1),
+    "fft": _transform,
     "select_n": _select,
     **dict.fromkeys(LINEAR, _linear),
     "reduce_window_max": _max_pool,
@@ -319,3 +631,13 @@ RULES |= {
     "cumsum": _cumsum,
     "gather": _gather,
 }
+
+_HOMOGENEOUS = frozenset(RULES.values())
+
+# What is linear, or else Lipschitz, in complex numbers too.
+_LINEAR_IN_COMPLEX = """
+    abs add add_any broadcast_in_dim complex concatenate conj convert_element_type copy copy_p
+    cumsum div dot_general dynamic_slice fft gather imag mul neg optimization_barrier pad real
+    reduce_sum reshape rev select_n slice split squeeze stack stop_gradient sub transpose unstack
+"""
+COMPLEX = frozenset(_LINEAR_IN_COMPLEX.split())

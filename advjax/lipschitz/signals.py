@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-Scalar = Float[Array, ""] | float
+from advjax.lipschitz.scaled import Scalar, Scaled, scaled, unscaled
 
 
 class Interval(NamedTuple):
@@ -63,7 +63,7 @@ class Signal:
 
     shape: tuple[int, ...]
     dtype: Any
-    bound: Scalar | Callable[[], Scalar]
+    bound: Scaled | Scalar | Callable[[], Scaled]
     operation: Operation | None = None
     layer: Operation | None = None
     reason: str = ""
@@ -71,9 +71,21 @@ class Signal:
     centre: Interval | None = None
 
     @functools.cached_property
+    def scaled(self) -> Scaled:
+        """The Lipschitz constant, which may be too small or too large for a number in float32."""
+        bound = self.bound() if callable(self.bound) else self.bound
+        return bound if isinstance(bound, Scaled) else scaled(bound)
+
+    @functools.cached_property
     def constant(self) -> Scalar:
         """The Lipschitz constant."""
-        return self.bound() if callable(self.bound) else self.bound
+        return unscaled(self.scaled)
+
+    def with_constant(self, constant: Scalar) -> "Signal":
+        """The same signal with another constant."""
+        copy = dataclasses.replace(self)
+        copy.__dict__["constant"] = constant
+        return copy
 
     @property
     def size(self) -> int:
@@ -103,3 +115,18 @@ class Signal:
 def concrete(*values: Any) -> bool:
     """Whether values are known now, rather than traced."""
     return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def known_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Evaluate a function now where its arguments are known, even while one around it is traced."""
+
+    @functools.wraps(function)
+    def evaluate(*args, **options):
+        leaves = jax.tree.leaves((args, options))
+        places = [(x.interval, x.centre) for x in leaves if isinstance(x, Signal)]
+        if not concrete(*leaves, *jax.tree.leaves(places)):
+            return function(*args, **options)
+        with jax.ensure_compile_time_eval():
+            return function(*args, **options)
+
+    return evaluate
