@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from advjax import lipschitz
-from advjax.lipschitz import rules
+from advjax.lipschitz.jaxpr import rules
 
 V = jnp.array([0.3, 0.1, 0.2, -0.4])
 METHODS = (None, lipschitz.product, lipschitz.eclipse)
@@ -437,7 +437,9 @@ def test_the_remedy_for_a_product_is_a_region_which_helps(fn):
 def test_a_traced_region_of_a_product_gives_what_a_known_one_gives(fn):
     found = jax.jit(lambda lower: lipschitz.bound(fn, V, box=(lower, 2)).constant)
     assert found(0.5) == pytest.approx(constant(fn, V, box=(0.5, 2)), rel=1e-5)
-    assert np.isposinf(jax.jit(lambda x: lipschitz.bound(fn, V, box=(x, jnp.inf)).constant)(-jnp.inf))
+    assert np.isposinf(
+        jax.jit(lambda x: lipschitz.bound(fn, V, box=(x, jnp.inf)).constant)(-jnp.inf)
+    )
 
 
 def test_the_remedy_for_a_product_is_bounded_factors_which_help():

@@ -13,25 +13,32 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from advjax import checks
-from advjax.lipschitz import intervals, links, patterns
-from advjax.lipschitz.chains import ChainBound, Method, lipsdp, product
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense
-from advjax.lipschitz.rules import (
+from advjax.lipschitz.jaxpr import chains, intervals, patterns, products
+from advjax.lipschitz.jaxpr.interpreter import Context, interpret
+from advjax.lipschitz.jaxpr.rules import (
     COMPLEX,
-    LINEAR,
     ROUNDING,
     RULES,
-    NotLipschitzError,
     Rule,
+    bilinear,
     constant,
     constants,
     homogeneous,
-    linear_layer,
 )
-from advjax.lipschitz.scaled import Scaled, largest, scaled, unscaled
-from advjax.lipschitz.signals import Interval, Operation, Scalar, Signal, concrete, known_now
-from advjax.lipschitz.walk import Context, walk
+from advjax.lipschitz.jaxpr.scaled import Scalar, Scaled, largest, scaled, unscaled
+from advjax.lipschitz.jaxpr.values import (
+    Interval,
+    NotLipschitzError,
+    Operation,
+    Signal,
+    concrete,
+    known_now,
+)
+from advjax.lipschitz.linear import layers
+from advjax.lipschitz.linear.layers import Conv, Dense
+from advjax.lipschitz.linear.lipsdp import ChainBound, Method, lipsdp
+from advjax.lipschitz.linear.lipsdp import product as product_of_norms
+from advjax.lipschitz.linear.norms import upper_norm
 from advjax.types import Box
 
 
@@ -78,26 +85,28 @@ def bound(
     box: Box | None = None,
     radius: Float[ArrayLike, ""] | None = None,
 ) -> Bound:
-    """A Lipschitz bound of any JAX function, read off its jaxpr.
+    """Bound the Lipschitz constant of any JAX function, read off its jaxpr.
 
-    Each intermediate result has a constant with respect to the input: a layer multiplies it by the
-    layer's certified norm, a sum of two results has at most the sum of theirs, so that branches
-    that join are counted once each. The default of `jax.lax.platform_dependent` stands for all of
-    its alternatives, which are to compute the same.
+    Each intermediate result has a constant with respect to the input. A layer multiplies it by the
+    layer's certified norm; a sum of two results has at most the sum of theirs, so that each of two
+    branches that join is counted once. The default of `jax.lax.platform_dependent` stands for all
+    of its alternatives, which must compute the same.
 
     Args:
-        fn: A function of arrays. Its parameters are what it closes over (a `functools.partial` will
-            do); they may be traced, and the bound is differentiable with respect to them.
+        fn: A function of arrays. Its parameters are what it closes over, as by a
+            `functools.partial`; they may be traced, and the bound is differentiable with respect to
+            them.
         *example_inputs: Arrays of the shapes and dtypes of its arguments, or
-            `jax.ShapeDtypeStruct`s; the values do not matter, but for a `radius`.
-        method: How to bound convolutions and dense layers that only biases and nondecreasing
-            activations are between, such as `lipsdp`, or with options
+            `jax.ShapeDtypeStruct`s; the values do not matter without a `radius`.
+        method: How to bound a chain of convolutions and dense layers with only biases and
+            nondecreasing activations between them, such as `lipsdp`, or with options
             `functools.partial(lipsdp, num_steps=500)`. Such a chain is then one layer of the
-            breakdown. By default the product of the norms.
-        box: Where the inputs are, a pair (lower, upper) that broadcasts to each of them. The bound
-            then holds between any two inputs in the box, and is the smaller for it where a unit
+            breakdown. By default the bound is the product of the norms.
+        box: A pair (lower, upper) that broadcasts to each input and that the inputs lie between.
+            The bound then holds between any two inputs in the box, and is smaller where a unit
             saturates or stays on one side of its ReLU. By default they may be anywhere.
-        radius: How far, in L2, all inputs together may be from `example_inputs`. With a box, both.
+        radius: The largest L2 distance of all inputs together from `example_inputs`. With a box,
+            the inputs satisfy both.
 
     Returns:
         A `Bound`, in L2 over all inputs and all outputs taken together. It is that of the function
@@ -113,7 +122,8 @@ def bound(
             to the output; the message names it and its line, and says what to do. It is a
             `ValueError`.
 
-    Source: Szegedy et al. (2013), section 4.3, with the corrections of Virmaux and Scaman (2018).
+    Reference: Szegedy et al. (2013), section 4.3, with the corrections of Virmaux and Scaman
+    (2018).
     """
     region = _region(fn, example_inputs, box, radius)
     outputs = _outputs(region, method)
@@ -127,40 +137,43 @@ def pairwise(
     box: Box | None = None,
     radius: Float[ArrayLike, ""] | None = None,
 ) -> Bound:
-    """Lipschitz bounds of the difference of each two outputs of a function.
+    """Bound the Lipschitz constant of the difference of each two outputs of a function.
 
-    They certify more than the bound of all outputs does: `sqrt(2)` times that is what each pair has
-    at most.
+    These bounds certify more than the bound of all outputs: none of them exceeds `sqrt(2)` times
+    that.
 
     Args:
-        fn: As for `bound`; its result is one vector, such as logits.
-        *example_inputs: As for `bound`.
-        method: As for `bound`.
-        box: As for `bound`.
-        radius: As for `bound`. The bounds then certify no more than this radius.
+        fn: A function of arrays whose result is one vector, such as logits.
+        *example_inputs: Arrays of the shapes and dtypes of its arguments, or
+            `jax.ShapeDtypeStruct`s; the values do not matter without a `radius`.
+        method: How to bound the chain of layers that the function ends in, such as `lipsdp`.
+        box: A pair (lower, upper) that the inputs lie between. By default they may be anywhere.
+        radius: The largest L2 distance of all inputs together from `example_inputs`. By default
+            they may be anywhere.
 
     Returns:
         A `Bound` for `certified_radius` whose `constant` is a symmetric matrix. Where the function
         does not end in a dense layer, the pairs all have `sqrt(2)` times the bound of the function.
 
     Raises:
-        TypeError: As for `bound`.
-        ValueError: As for `bound`, or if the result is not one vector.
+        TypeError: If an input is not floating, or not an array although there is a `radius`.
+        ValueError: If the result is not one vector, or `box` or `radius` is no region.
+        NotLipschitzError: If there is an operation without a bound on the way to the output.
     """
     out = jax.eval_shape(fn, *example_inputs)
     if not hasattr(out, "shape") or len(out.shape) != 1:
         raise ValueError(f"fn: returns {out}, expected one vector; use jax.vmap for a batch.")
     region = _region(fn, example_inputs, box, radius)
     outputs = _outputs(region, method)
-    n, layers = out.shape[0], tuple(_layers(outputs))
+    n, breakdown = out.shape[0], tuple(_layers(outputs))
     if not outputs:
-        return Bound(jnp.zeros((n, n)), layers, region.certifies)
-    dense = links.last_dense(outputs[0])
+        return Bound(jnp.zeros((n, n)), breakdown, region.certifies)
+    dense = chains.last_dense(outputs[0])
     if dense is None:
         steepest = _array(scaled(math.sqrt(2) * ROUNDING * outputs[0].constant))
         pairs = jnp.where(jnp.eye(n, dtype=bool), 0, steepest)
     else:
-        chain = links.ending(dense)
+        chain = chains.ending(dense)
         assert chain is not None
         found = _chain_bound(method, chain).pairs
         pairs = found * chain.start.constant * ROUNDING
@@ -168,27 +181,76 @@ def pairwise(
         tiny = jnp.finfo(pairs.dtype).tiny
         pairs = jnp.where(found > 0, jnp.maximum(pairs, tiny), pairs)
         pairs = jnp.where(jnp.isnan(pairs), jnp.inf, pairs)
-    return Bound(pairs, layers, region.certifies)
+    return Bound(pairs, breakdown, region.certifies)
 
 
 def linear_layers(
     fn: Callable[..., PyTree[Array]], *example_inputs: PyTree[Float[Array, "..."]]
-) -> list[tuple[Dense | Convolution, Float[Array, "blocks *kernel"]]]:
-    """The dense layers and convolutions of a function, each with its kernels."""
+) -> list[layers.Layer]:
+    """Find the dense layers and convolutions of a function.
+
+    Args:
+        fn: A function of arrays, such as a network with its parameters bound.
+        *example_inputs: Arrays of the shapes and dtypes of its arguments, or
+            `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        A `Dense` or `Conv` for each, in the order of evaluation. Its kernel has a leading axis: the
+        kernels of a batched product, which see different inputs, or one. `jax.vmap` what is done
+        with it.
+    """
     found = []
 
     def record(op, avals, function_rule):
-        if function_rule is None and op.name in LINEAR:
-            found.append(linear_layer(op))
+        if function_rule is None and products.is_product(op):
+            found.append(_stack(products.product(op)))
         return [Signal(a.shape, a.dtype, 1.0, op, op) for a in avals]
 
-    closed = jax.make_jaxpr(fn)(*example_inputs)
-    walk(
-        closed,
-        [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars],
-        Context(record),
-    )
+    program = jax.make_jaxpr(fn)(*example_inputs)
+    inputs = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in program.jaxpr.invars]
+    interpret(program, inputs, Context(record))
     return found
+
+
+# Where programs meet arrays: the products of a jaxpr as layers
+
+
+def _layer(product: products.Layer) -> layers.Layer:
+    if isinstance(product, products.Product):
+        return Dense(product.kernel)
+    return Conv(
+        product.kernel,
+        product.input_shape,
+        strides=product.strides,
+        padding=product.padding,
+        dilation=product.dilation,
+        groups=product.groups,
+    )
+
+
+def _stack(product: products.Layer) -> layers.Layer:
+    """A layer whose kernel has a leading axis, of a product whose kernel has one."""
+    return jax.vmap(lambda kernel: _layer(product._replace(kernel=kernel)))(product.kernel)
+
+
+def _linear(op: Operation) -> Scalar:
+    """The rule of products with constant kernels: the largest norm of those side by side."""
+    if not math.prod(op.shape) or not all(math.prod(jnp.shape(x)) for x in op.inputs):
+        return 0.0
+    if len(op.signals) == 2:
+        return bilinear(op)
+    return _largest_norm(_stack(products.product(op))) * op.signals[0].constant
+
+
+@jax.jit
+def _largest_norm(stack: layers.Layer) -> Float[Array, ""]:
+    return jnp.max(jax.lax.map(upper_norm, stack))
+
+
+RULES |= dict.fromkeys(("dot_general", "conv_general_dilated"), homogeneous(_linear))
+
+
+# The inputs and where they are
 
 
 class _Region(NamedTuple):
@@ -320,7 +382,7 @@ def _unless(conditions: Sequence[Array]) -> Scalar:
 def _outputs(region: _Region, method: Method | None) -> list[Signal]:
     """What depends on the input among the results of a function."""
     context = Context(functools.partial(_apply, method, region.radius))
-    results = walk(region.program, region.inputs, context)
+    results = interpret(region.program, region.inputs, context)
     outputs = [x for x in results if isinstance(x, Signal)]
     for signal in outputs:
         if signal.reason:
@@ -354,7 +416,7 @@ def _apply(
     if found is not None:
         layer, gain = found
         rule = _times(gain)
-    slope = links.local_slope(layer) if is_primitive else None
+    slope = chains.local_slope(layer) if is_primitive else None
     if isinstance(slope, jax.Array):
         rule = _times(jnp.max(slope, initial=0))
     reason = next((s.reason for s in layer.signals if s.reason), "")
@@ -366,7 +428,7 @@ def _apply(
         reason = _unsupported(op, "there is no rule for it")
     elif is_primitive and layer is op and op.name not in COMPLEX and _is_complex(op, avals):
         reason = _unsupported(op, "there is no rule for it in complex numbers")
-    elif method is not None and links.is_link(layer):
+    elif method is not None and chains.is_link(layer):
         # Of a chain only the last layer is asked for its constant.
         layer, rule = _chained(method, layer, rule)
         values = [functools.partial(constant, layer, rule)]
@@ -405,11 +467,13 @@ def _location(
         for pick in (lambda signal: signal.interval, lambda signal: signal.centre)
     )
     if interval is not None and centre is not None and radius is not None:
-        chain = links.ending(op)
+        chain = chains.ending(op)
         if chain is not None:
             # An entry moves by no more than its own Lipschitz constant times the radius.
-            lengths = product(chain.layers, chain.slopes).outputs * chain.start.constant
-            reach = links.along_units(op, lengths * radius * ROUNDING)
+            lengths = (
+                product_of_norms(_layers_of(chain), chain.slopes).outputs * chain.start.constant
+            )
+            reach = chains.along_units(op, lengths * radius * ROUNDING)
             interval = intervals.intersection(interval, intervals.widened_by(centre, reach))
     return interval, centre
 
@@ -420,7 +484,7 @@ def _times(gain: Scalar) -> Rule:
 
 def _chained(method: Method, op: Operation, rule: Rule) -> tuple[Operation, Rule]:
     """The chain that ends in an operation, as one layer, if it has more layers than that one."""
-    chain = links.ending(op)
+    chain = chains.ending(op)
     if chain is None or len(chain.layers) == 1:
         return op, rule
     layer = op._replace(name=f"{op.name} ({len(chain.layers)} layers)", inputs=(chain.start,))
@@ -429,12 +493,16 @@ def _chained(method: Method, op: Operation, rule: Rule) -> tuple[Operation, Rule
     )
 
 
-def _chain_bound(method: Method, chain: links.Chain) -> ChainBound:
-    found = method(chain.layers, chain.steepest)
+def _layers_of(chain: chains.Chain) -> list[layers.Layer]:
+    return [_layer(product) for product in chain.layers]
+
+
+def _chain_bound(method: Method, chain: chains.Chain) -> ChainBound:
+    found = method(_layers_of(chain), chain.steepest)
     if chain.slopes is chain.steepest:
         return found
     # What the multipliers that a method finds are worth need not fall with the slopes.
-    return jax.tree.map(jnp.minimum, found, method(chain.layers, chain.slopes))
+    return jax.tree.map(jnp.minimum, found, method(_layers_of(chain), chain.slopes))
 
 
 def _unsupported(op: Operation, why: str, remedy: str = "") -> str:

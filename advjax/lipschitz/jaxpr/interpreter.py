@@ -1,4 +1,4 @@
-"""The walk over a jaxpr from its arguments to its results, whatever is done on the way."""
+"""A jaxpr interpreter: evaluates a jaxpr with a user-supplied handler per operation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
-from advjax.lipschitz.rules import RULES, Rule, constant, function_rule
-from advjax.lipschitz.scaled import largest
-from advjax.lipschitz.signals import Operation, Signal, concrete
+from advjax.lipschitz.jaxpr.rules import RULES, Rule, constant, function_rule
+from advjax.lipschitz.jaxpr.scaled import largest
+from advjax.lipschitz.jaxpr.values import Operation, Signal, concrete
 
 _CALLS = {  # primitives that only call a jaxpr, and the parameter that holds it
     "jit": "jaxpr",
@@ -40,7 +40,7 @@ class Context(NamedTuple):
     source: str = ""
 
 
-def walk(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -> list[Any]:
+def interpret(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -> list[Any]:
     """The results of a jaxpr, each a `Signal` or, if no argument that is one matters, an array."""
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env |= dict(zip(closed.jaxpr.invars, args, strict=True))
@@ -66,13 +66,13 @@ def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequen
         return []
     function = None if known or name not in _CALLS else function_rule(eqn)
     if name in _CALLS and function is None:
-        return walk(_closed(params[_CALLS[name]]), inputs, context)
+        return interpret(_closed(params[_CALLS[name]]), inputs, context)
     if known:
         return _constants(eqn, inputs)
     if name == "scan":
         return _scan(params, inputs, context)
     if name == "cond" and not isinstance(inputs[0], Signal) and concrete(inputs[0]):
-        return walk(_branch(params, int(inputs[0])), inputs[1:], context)
+        return interpret(_branch(params, int(inputs[0])), inputs[1:], context)
     avals: list[Any] = [v.aval for v in eqn.outvars]
     called, rule = function or (name, None)
     op = Operation(
@@ -123,7 +123,7 @@ def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
     rows, carries = [], list(carry)
     for step in reversed(steps) if params["reverse"] else steps:
         here = [_row(x, step) for x in xs]
-        results = walk(params["jaxpr"], [*consts, *carry, *here], context)
+        results = interpret(params["jaxpr"], [*consts, *carry, *here], context)
         carry, row = results[: len(carry)], results[len(carry) :]
         carries += carry
         rows.append(row)

@@ -1,4 +1,4 @@
-"""What the walk over a jaxpr knows of an intermediate result."""
+"""What the interpreter of a jaxpr knows of an intermediate result."""
 
 import dataclasses
 import functools
@@ -9,7 +9,26 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from advjax.lipschitz.scaled import Scalar, Scaled, scaled, unscaled
+from advjax.lipschitz.jaxpr.scaled import Scalar, Scaled, scaled, unscaled
+
+
+class NotLipschitzError(ValueError):
+    """An operation has no Lipschitz constant that holds for every input, or none is known.
+
+    Attributes:
+        remedy: What would help; by default a rule of one's own.
+    """
+
+    def __init__(self, message: str, remedy: str = ""):
+        super().__init__(message)
+        self.remedy = remedy
+
+
+OWN_FUNCTION = (
+    "Put what it is a part of in a function under jax.jit and tell that function's constant with "
+    "lipschitz.register_rule."
+)
+"""The remedy for an operation that is Lipschitz only as a part of something larger."""
 
 
 class Interval(NamedTuple):

@@ -5,7 +5,7 @@ arithmetic. A linear operation T takes `[m - r, m + r]` to `T m` plus or minus `
 point T m is off by at most gamma(k) |T| |m| for sums of k terms (Higham, 2002, chapter 3), and the
 sum |T| r by gamma(k) of itself.
 
-Source: Gowal et al. (2018) for the propagation of intervals through networks.
+Reference: Gowal et al. (2018) for the propagation of intervals through networks.
 """
 
 import functools
@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from advjax.lipschitz import elementwise
-from advjax.lipschitz.elementwise import Elementwise
-from advjax.lipschitz.gram import gamma
-from advjax.lipschitz.signals import Interval, Operation, Signal, known_now
+from advjax.lipschitz.jaxpr import elementwise
+from advjax.lipschitz.jaxpr.elementwise import Elementwise
+from advjax.lipschitz.jaxpr.values import Interval, Operation, Signal, known_now
 
 # Exact, and nondecreasing in each input that may be a signal.
 _ORDERED = frozenset(
@@ -99,7 +99,18 @@ def _image(row: Elementwise, interval: Interval) -> Interval | None:
         ends = jnp.full_like(lower, row.low), jnp.full_like(upper, row.high)
     bounded = math.isfinite(row.low) and math.isfinite(row.high)
     lower, upper = _widened(*ends, absolute=float(bounded), ulps=_ULPS)
-    return Interval(jnp.maximum(lower, row.low), jnp.minimum(upper, row.high))
+    low, high = _rounded_outwards(row.low, row.high, lower.dtype)
+    return Interval(jnp.maximum(lower, low), jnp.minimum(upper, high))
+
+
+def _rounded_outwards(low: float, high: float, dtype: Any) -> tuple[Any, Any]:
+    """Two numbers in a precision, the first rounded down and the second up."""
+    kind = np.dtype(dtype).type
+    nearest = kind(low), kind(high)
+    return (
+        nearest[0] if float(nearest[0]) <= low else np.nextafter(nearest[0], kind(-np.inf)),
+        nearest[1] if float(nearest[1]) >= high else np.nextafter(nearest[1], kind(np.inf)),
+    )
 
 
 def _between_products(one: Interval, other: Interval, *, same: bool) -> Interval:
@@ -125,7 +136,8 @@ def anywhere(signal: Signal, depth: int = 16, found: dict[int, Interval] | None 
     found = {} if found is None else found
     if id(signal) in found:
         return found[id(signal)]
-    dtype = jnp.promote_types(signal.dtype, jnp.float32)
+    is_real = jnp.issubdtype(signal.dtype, jnp.floating)
+    dtype = jnp.promote_types(signal.dtype, jnp.float32) if is_real else jnp.float32
 
     @known_now
     def between(low, high):
@@ -177,7 +189,7 @@ def _linear(op: Operation, inputs: Sequence[Any], terms: int, apply: Callable) -
         accurate = {"precision": (highest, highest)}
     else:
         accurate = {}
-    error = gamma(terms + 4, dtype)
+    error = (terms + 4) * eps  # at least gamma(terms + 4), as long as that is below 1
     middle = interval.lower / 2 + interval.upper / 2
     radius = jnp.maximum(interval.upper - middle, middle - interval.lower) * (1 + 2 * eps)
 
