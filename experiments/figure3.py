@@ -13,7 +13,6 @@ photograph that has the most of them: how far a unit tells one photograph, in wh
 the others. It cannot say whether a unit means anything that two photographs share: for that, look.
 """
 
-
 import numpy as np
 from matplotlib.figure import Figure
 

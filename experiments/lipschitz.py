@@ -38,7 +38,7 @@ TRAINING = ("net", "decay", "strength")
 RADIUS = 0.3
 """In L2, at which certified and withstood shares are counted."""
 
-CONSTANTS: dict[str, Callable[..., Array]] = {
+CONSTANTS: dict[str, Callable[..., Array | lipschitz.Bound]] = {
     "product": lambda *net: lipschitz.bound(*net).constant,
     "`eclipse`": lambda *net: lipschitz.bound(*net, method=lipschitz.eclipse).constant,
     "`lipsdp`": lambda *net: lipschitz.bound(*net, method=lipschitz.lipsdp).constant,
@@ -144,9 +144,9 @@ def _sandwich(
     return {"right": int(right.sum()), "certified": rows, "found": found}, radii, distances
 
 
-def _number(constant: Array | None) -> float | None:
+def _number(constant: Array | lipschitz.Bound | None) -> float | None:
     """A constant that is one number; None for one of each pair."""
-    return None if constant is None or constant.ndim else float(constant)
+    return float(constant) if isinstance(constant, jax.Array) else None
 
 
 @jax.jit
@@ -160,7 +160,7 @@ def _local_radii(
 
     def radius(image, label, within):
         pairs = lipschitz.pairwise(logits_fn, image, method=lipschitz.eclipse, radius=within)
-        return jnp.minimum(lipschitz.certified_radius(logits_fn(image), label, pairs), within)
+        return lipschitz.certified_radius(logits_fn(image), label, pairs)
 
     return jax.lax.map(lambda each: radius(*each), (images, labels, within), batch_size=100)
 

@@ -7,7 +7,6 @@ Expected: every attack succeeds, with a mean distortion of 0.06 to 0.07; noise o
 hardly a prediction.
 """
 
-
 import jax
 import numpy as np
 from matplotlib.figure import Figure
