@@ -67,7 +67,7 @@ def test_lipsdp_and_pairs_certify_much_more_than_the_product(net, mnist):
 
 def test_no_attack_beats_a_certificate(net):
     """Towards the runner-up, of a thousand images."""
-    attack = functools.partial(attacks.minimum_norm, net.logits_fn)
+    attack = attacks.minimum_norm(net.logits_fn)
     result = runner.attack_images(attack, net.images, net.runner_up)
     reached = result.success & net.right
     assert reached.sum() > 0.9 * len(net.images)
@@ -100,7 +100,7 @@ def test_the_certificate_the_exact_attack_and_the_papers_follow_one_another(net)
     chosen = np.flatnonzero(net.right)[:100]
     images, targets = net.images[chosen], net.runner_up[chosen]
     exact, paper = (
-        runner.attack_images(functools.partial(attack, net.logits_fn), images, targets)
+        runner.attack_images(attack(net.logits_fn), images, targets)
         for attack in (attacks.minimum_norm, attacks.lbfgs)
     )
     both = exact.success & paper.success
