@@ -82,7 +82,7 @@ def test_the_step_is_that_of_float64_where_the_softmax_is_saturated(targeted):
 
     label = int(jnp.argmin(linear(X)) if targeted else jnp.argmax(linear(X)))
     assert float(jax.nn.softmax(sure(X)).max()) == 1, "it is saturated"
-    run = jax.jit(functools.partial(fgsm, sure, epsilon=EPSILON, targeted=targeted))
+    run = jax.jit(fgsm(sure, epsilon=EPSILON, targeted=targeted))
     result = run(X, label)
     logits = np.asarray(linear(X))
     # The strongest other class, or the winner that has to yield to the target.
