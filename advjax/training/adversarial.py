@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from advjax import attacks, checks, losses, metrics
-from advjax.attacks import AttackResult
+from advjax.attacks import Attack
 from advjax.training.fit import AuxiliaryLoss
 from advjax.types import LogitsFn
 
@@ -53,7 +53,7 @@ def adversarial(
     x: Float[Array, "*shape"],
     label: Int[Array, ""],
     *,
-    attack: Callable[..., AttackResult] = attacks.lbfgs,
+    attack: Callable[[LogitsFn], Attack] = attacks.lbfgs,
 ) -> Float[Array, "*shape"]:
     """Perturb an example until it is classified as a random other class.
 
@@ -62,8 +62,8 @@ def adversarial(
         logits_fn: The model: logits `(classes,)` of ONE example like `x`.
         x: The example.
         label: Its true class.
-        attack: `(logits_fn, x, target) -> AttackResult`: `attacks.lbfgs`, `attacks.minimum_norm`,
-            or one of them with options, such as `functools.partial(attacks.lbfgs, tol=0.1)`.
+        attack: `logits_fn -> Attack`, such as `attacks.lbfgs`, `attacks.minimum_norm`, or one of
+            them with options, `functools.partial(attacks.lbfgs, tol=0.1)`.
 
     Returns:
         The adversarial example, or `x` itself if none was found.
@@ -74,7 +74,7 @@ def adversarial(
     """
     classes = checks.logits(logits_fn, x).shape[0]
     target = (label + jax.random.randint(key, (), 1, classes)) % classes
-    result = attack(logits_fn, x, target)
+    result = attack(logits_fn)(x, target)
     return jnp.where(result.success, result.x_adv, x)
 
 
