@@ -1,7 +1,6 @@
-"""Runs an experiment: `python -m experiments NAME`; without a name, lists what there is.
+"""Runs an experiment, `python -m experiments NAME`, or the report; without a name, lists them.
 
-An experiment is a module with one function, `main`, whose keyword arguments are its flags. The
-first line of the module's docstring is its line in the list.
+The first line of a module's docstring is its line in the list.
 """
 
 import ast
@@ -12,37 +11,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-EXPERIMENTS = (
-    "quickstart",
-    "attack",
-    "report",
-    "table1",
-    "table2",
-    "table3",
-    "table4",
-    "table5",
-    "fgsm",
-    "figure1",
-    "rotation",
-    "figure3",
-    "figure4",
-    "figure5",
-    "figure6",
-    "ostriches",
-    "bounds",
-    "figure7",
-    "adversarial",
-    "lipschitz",
-    "benchmark",
-    "throughput",
-)
+from experiments import EXPERIMENTS
+
+COMMANDS = ("report", *EXPERIMENTS)
 
 
 def overview() -> str:
     """One line for each experiment, read without importing it."""
-    width = max(map(len, EXPERIMENTS))
+    width = max(map(len, COMMANDS))
     lines = ["python -m experiments NAME [--help]", ""]
-    for name in EXPERIMENTS:
+    for name in COMMANDS:
         source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         doc = ast.get_docstring(ast.parse(source)) or "?"
         lines.append(f"  {name:{width}}  {doc.splitlines()[0]}")
@@ -55,20 +33,29 @@ def run(args: Sequence[str]) -> int:
         print(overview())
         return 0
     name, *flags = args
-    if name not in EXPERIMENTS:
-        print(
-            f"{name!r} is no experiment; choose one of {', '.join(EXPERIMENTS)}.", file=sys.stderr
-        )
+    if name not in COMMANDS:
+        print(f"{name!r} is no experiment; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     try:
         import tyro
     except ImportError:
         print("The experiments need more: pip install 'advjax[experiments]'.", file=sys.stderr)
         return 1
-    main = importlib.import_module(f"experiments.{name}").main
+    from experiments.common import measure
+
+    module = importlib.import_module(f"experiments.{name}")
     use_all_cores()
     try:
-        tyro.cli(main, args=flags, prog=f"python -m experiments {name}")
+        options = tyro.cli(
+            module.Options,
+            args=flags,
+            prog=f"python -m experiments {name}",
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        if name == "report":
+            module.write(options)
+        else:
+            measure.run(module, options)
     except (ImportError, FileNotFoundError) as error:  # the message says what to install or to give
         print(f"{name}: {error}", file=sys.stderr)
         return 1

@@ -19,11 +19,11 @@ layers, and none of the pools tried was better than weight decay alone. The dist
 `minimum_norm` on test images towards random classes, the same for all arms of a seed.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,13 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree
 
 from advjax import attacks, data, metrics, training, transfer
-from experiments import nets, paper, results
+from experiments.common import markdown, networks, paper, statistics
+from experiments.common.claims import Claim, verdict
+from experiments.common.measure import Content, Row, grouped
+from experiments.common.options import DigitOptions, Digits, trial
+from experiments.common.victims import attack_victims, random_victims
 
-RECIPE = nets.RECIPES["FC100-100-10"]
+RECIPE = networks.RECIPES["FC100-100-10"]
 HIDDEN = ("hidden1", "hidden2")
 DROPOUT = (0.2, 0.1, 0.1)
 """The shares of the image and of each hidden layer's output that are left out."""
@@ -63,82 +67,77 @@ POOLS: dict[str, tuple[training.Layer, ...]] = {
 ARMS = (PLAIN, DROPPED, *POOLS, NOISE)
 
 
-def main(
-    *,
-    images: int = 500,
-    seeds: int = 3,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Trains FC100-100-10 in each of several ways, and measures its errors and distortions.
+class Materials(NamedTuple):
+    """What the nets are trained on: digits, and the pools that each arm mixes with them."""
 
-    Args:
-        images: How many test images to attack for each seed.
-        seeds: How many times to train and to draw.
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the numbers.
-        quick: Briefly trained, with small pools and two seeds, on the sample: a minute, for a
-            trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    images, seeds = (32, 2) if quick else (images, seeds)
-    options = POOL | ({"size": 400, "count": 100} if quick else {})
-    train_images = jnp.asarray(train.images)
+    train: data.Dataset
+    test: data.Dataset
+    pools: dict[str, training.AuxiliaryLoss]
 
-    def make(layers: Sequence[training.Layer], distort: Any) -> training.AuxiliaryLoss:
+    @property
+    def splits(self) -> tuple[data.Dataset, ...]:
+        """What is measured on."""
+        return self.train, self.test
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DigitOptions):
+    """Trains FC100-100-10 in each of several ways, and measures its errors and distortions."""
+
+    images: int = 500
+    """How many test images to attack for each seed."""
+    seeds: int = 3
+    TRIAL = trial(images=32, seeds=2)
+
+    def load(self) -> Materials:  # type: ignore[override]
+        """Loads the digits and makes the pools, once for all seeds: each compiles its attacks."""
+        digits = super().load()
+        pools = {arm: self.pools(digits, layers, to_likeliest) for arm, layers in POOLS.items()}
+        return Materials(*digits, pools)
+
+    def pools(
+        self, digits: Digits | Materials, layers: Sequence[training.Layer], distort: Any
+    ) -> training.AuxiliaryLoss:
+        """Pools at some layers, filled by a function."""
         return training.adversarial_pools(
-            train_images, train.labels, layers, distort=distort, **options
+            jnp.asarray(digits.train.images),
+            digits.train.labels,
+            layers,
+            distort=distort,
+            **POOL | ({"size": 400, "count": 100} if self.quick else {}),
         )
 
-    # Made once for all seeds, as each compiles its attacks.
-    pools = {arm: make(layers, to_likeliest) for arm, layers in POOLS.items()}
 
-    def measure(seed: int) -> results.Row:
-        chosen = nets.random_victims(jax.random.key(seed), test, images)
-        rows: dict[str, results.Row] = {}
-        for arm in ARMS:
-            how: dict[str, Any] = {}
-            if arm == DROPPED:
-                how = {"apply": thinned, "stochastic": True, "decay": DROPOUT_DECAY}
-            elif arm == NOISE:
-                (rms,) = rows[INPUT]["pools"]
-                how = {"auxiliary": make([IMAGE], functools.partial(noisy, rms=rms))}
-            elif arm in pools:
-                how = {"auxiliary": pools[arm]}
-            print(f"{arm}: training on {len(train.labels):,} images", flush=True)
-            start = time.monotonic()
-            fitted = fit(jax.random.key(seed), train, steps=300 if quick else None, **how)
-            minutes = (time.monotonic() - start) / 60
-            net = nets.Net(arm, RECIPE.model, fitted.params)
-            result = nets.attack_victims(attacks.minimum_norm, net, chosen)
-            rows[arm] = {
-                "arm": arm,
-                "train_error": metrics.error_rate(net.logits_fn, *train[:2]),
-                "test_error": metrics.error_rate(net.logits_fn, *test[:2]),
-                "distortion": float(result.distortion.mean()),
-                "success": float(result.success.mean()),
-                "pools": [float(pool.distortion.mean()) for pool in fitted.auxiliary or ()],
-                "minutes": minutes,
-            }
-        return {"rows": list(rows.values())}
-
-    content = results.measure(
-        "adversarial",
-        measure,
-        seeds=seeds,
-        config={"images": images, "dataset": dataset, "quick": quick},
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("adversarial", describe(content), out)
-    return content
+def measure(options: Options, digits: Materials, seed: int) -> Row:
+    """The errors and the distortions of each arm."""
+    chosen = random_victims(jax.random.key(seed), digits.test, options.images)
+    rows: dict[str, Row] = {}
+    for arm in ARMS:
+        how: dict[str, Any] = {}
+        if arm == DROPPED:
+            how = {"apply": thinned, "stochastic": True, "decay": DROPOUT_DECAY}
+        elif arm == NOISE:
+            (rms,) = rows[INPUT]["pools"]
+            distort = functools.partial(noisy, rms=rms)
+            how = {"auxiliary": options.pools(digits, [IMAGE], distort)}
+        elif arm in digits.pools:
+            how = {"auxiliary": digits.pools[arm]}
+        print(f"{arm}: training on {len(digits.train.labels):,} images", flush=True)
+        start = time.monotonic()
+        fitted = fit(jax.random.key(seed), digits.train, steps=options.steps, **how)
+        minutes = (time.monotonic() - start) / 60
+        net = networks.Network(arm, RECIPE.model, fitted.params)
+        result = attack_victims(attacks.minimum_norm(net.logits_fn), chosen, arm)
+        rows[arm] = {
+            "arm": arm,
+            "train_error": metrics.error_rate(net.logits_fn, *digits.train[:2]),
+            "test_error": metrics.error_rate(net.logits_fn, *digits.test[:2]),
+            "distortion": float(result.distortion.mean()),
+            "success": float(result.success.mean()),
+            "pools": [float(pool.distortion.mean()) for pool in fitted.auxiliary or ()],
+            "minutes": minutes,
+        }
+    return {"rows": list(rows.values())}
 
 
 def fit(
@@ -150,9 +149,9 @@ def fit(
     decay: float = 1.0,
     **options: Any,
 ) -> training.FitResult:
-    """Trains as `nets.train` does with the same key, but for the options."""
+    """Trains as `networks.train` does with the same key, but for the options."""
     init_key, order_key = jax.random.split(key)
-    return nets.fit(
+    return networks.fit(
         RECIPE,
         apply,
         RECIPE.model.init(init_key, train.images[0]),
@@ -185,8 +184,8 @@ def thinned(
 def to_likeliest(key: Any, logits_fn: Any, x: Array, label: Array) -> Array:
     """An example moved just over the boundary to the likeliest other class."""
     del key
-    attack = functools.partial(attacks.lbfgs, tol=0.1, rtol=0.05, max_evals=60)
-    result = attacks.untargeted(attack, logits_fn, x, label, k=1)
+    attack = attacks.lbfgs(logits_fn, tol=0.1, rtol=0.05, max_evals=60)
+    result = attacks.untargeted(attack, k=1)(x, label)
     return jnp.where(result.success, result.x_adv, x)
 
 
@@ -196,44 +195,29 @@ def noisy(key: Any, logits_fn: Any, x: Array, label: Array, *, rms: float) -> Ar
     return transfer.gaussian(key, x, rms)
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """Errors and distortions of each arm, and both less those of weight decay."""
-    found = _by_arm(content)
-    measured = results.table(
-        (
-            "arm",
-            "train error, %",
-            "test error, %",
-            "paper",
-            "distortion",
-            "RMS of its pools",
-            "minutes",
-        ),
-        (
-            (
-                arm,
-                results.number(results.mean([100 * row["train_error"] for row in rows]), 2),
-                results.number(results.mean([100 * row["test_error"] for row in rows]), 2),
-                paper.ADVERSARIAL_TRAINING.get(arm, "-"),
-                results.number(results.mean([row["distortion"] for row in rows])),
-                ", ".join(f"{rms:.3f}" for rms in np.mean([row["pools"] for row in rows], axis=0))
-                or "-",
-                f"{np.mean([row['minutes'] for row in rows]):.1f}",
-            )
-            for arm, rows in found.items()
-        ),
+    found = grouped(content, "arm")
+    measured = markdown.table(
+        [
+            ("arm", arm),
+            ("train error, %", markdown.number(statistics.over(rows, "train_error", scale=100), 2)),
+            ("test error, %", markdown.number(statistics.over(rows, "test_error", scale=100), 2)),
+            ("paper", paper.ADVERSARIAL_TRAINING.get(arm, "-")),
+            ("distortion", markdown.number(statistics.over(rows, "distortion"))),
+            ("RMS of its pools", _rms_of_pools(rows)),
+            ("minutes", f"{statistics.over(rows, 'minutes').mean:.1f}"),
+        ]
+        for arm, rows in found.items()
     )
-    differences = results.table(
-        ("arm", "test error, points", "distortion"),
-        (
-            (
-                arm,
-                results.number(_difference(found, arm, PLAIN, "test_error", scale=100), 2),
-                results.number(_difference(found, arm, PLAIN, "distortion")),
-            )
-            for arm in found
-            if arm != PLAIN
-        ),
+    differences = markdown.table(
+        [
+            ("arm", arm),
+            ("test error, points", markdown.number(_points(found, arm, PLAIN), 2)),
+            ("distortion", markdown.number(_difference(found, arm, PLAIN, "distortion"))),
+        ]
+        for arm in found
+        if arm != PLAIN
     )
     return f"""\
 {measured}
@@ -246,74 +230,77 @@ The same less those of weight decay, seed by seed:
 {differences}"""
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Pools for all layers gain, one for the input does not, and higher ones gain more."""
-    found = _by_arm(content)
-
-    def less(arm: str, other: str) -> results.Estimate:
-        return _difference(found, arm, other, "test_error", scale=100)
+    found = grouped(content, "arm")
 
     def error(arm: str) -> str:
-        return results.percent(float(np.mean([row["test_error"] for row in found[arm]])))
+        return markdown.percent(float(np.mean([row["test_error"] for row in found[arm]])))
 
     printed = paper.ADVERSARIAL_TRAINING
-    rivals = {other: less(ALL, other) for other in (PLAIN, DROPPED)}
+    rivals = {other: _points(found, ALL, other) for other in (PLAIN, DROPPED)}
     gained = [_below(difference) for difference in rivals.values()]
-    alone = less(INPUT, PLAIN)
-    single = {arm: less(arm, PLAIN) for arm in POOLS if arm != ALL}
-    higher = _difference(found, "hidden2 pool", INPUT, "test_error", scale=100)
+    alone = _points(found, INPUT, PLAIN)
+    single = {arm: _points(found, arm, PLAIN) for arm in POOLS if arm != ALL}
+    higher = _points(found, "hidden2 pool", INPUT)
     robust = {arm: _difference(found, arm, PLAIN, "distortion") for arm in (INPUT, ALL, NOISE)}
     further = [robust[arm].low > 0 for arm in (INPUT, ALL)]
     return [
-        results.Claim(
+        Claim(
             "Adversarial training with a pool for each layer has a lower test error than weight "
             "decay and than dropout",
             f"{printed[ALL]} % against {printed[PLAIN]} % and {printed[DROPPED]} %",
             f"{error(ALL)} against {error(PLAIN)} and {error(DROPPED)}; differences in points: "
             + _listed(rivals, 2),
-            results.verdict(gained),
+            verdict(gained),
         ),
-        results.Claim(
+        Claim(
             "A pool for the input alone does not gain; pools for all layers do",
             "stated",
             f"against weight decay, in points: {_listed({INPUT: alone, ALL: rivals[PLAIN]}, 2)}",
-            results.verdict([not _below(alone), gained[0]]) if gained[0] else "does not hold",
+            verdict([not _below(alone), gained[0]]) if gained[0] else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "Adversarial examples of the higher layers are the most useful",
             "observed",
             f"against weight decay, in points: {_listed(single, 2)}; the pool of hidden2 against "
-            f"that of the input: {results.number(higher, 2)}",
-            results.verdict([_below(higher), _below(single["hidden2 pool"])]),
+            f"that of the input: {markdown.number(higher, 2)}",
+            verdict([_below(higher), _below(single["hidden2 pool"])]),
         ),
-        results.Claim(
+        Claim(
             "Adversarial training makes a net more robust",
             "not measured",
             f"mean minimum distortion, more than weight decay's by {_listed(robust, 4)}",
-            results.verdict(further),
+            verdict(further),
         ),
     ]
 
 
-def _below(difference: results.Estimate) -> bool:
+def _rms_of_pools(rows: Sequence[Row]) -> str:
+    means = np.mean([row["pools"] for row in rows], axis=0)
+    return ", ".join(f"{rms:.3f}" for rms in means) or "-"
+
+
+def _points(found: dict[str, list[Row]], arm: str, other: str) -> statistics.Estimate:
+    """The test error of one arm less that of the other, in percentage points."""
+    return _difference(found, arm, other, "test_error", scale=100)
+
+
+def _below(difference: statistics.Estimate) -> bool:
     """Whether a difference is shown to be below 0; of one seed nothing is."""
     return bool(difference.high < 0)
 
 
-def _listed(differences: dict[str, results.Estimate], digits: int) -> str:
+def _listed(differences: dict[str, statistics.Estimate], digits: int) -> str:
     return ", ".join(
-        f"{results.number(difference, digits)} ({name})" for name, difference in differences.items()
+        f"{markdown.number(difference, digits)} ({name})"
+        for name, difference in differences.items()
     )
 
 
 def _difference(
-    found: dict[str, list[results.Row]], arm: str, other: str, what: str, *, scale: float = 1
-) -> results.Estimate:
+    found: dict[str, list[Row]], arm: str, other: str, what: str, *, scale: float = 1
+) -> statistics.Estimate:
     """One arm's less the other's, paired by seed."""
     pairs = zip(found[arm], found[other], strict=True)
-    return results.mean([scale * (row[what] - beside[what]) for row, beside in pairs])
-
-
-def _by_arm(content: dict[str, Any]) -> dict[str, list[results.Row]]:
-    """For each arm its rows of all seeds."""
-    return {rows[0]["arm"]: list(rows) for rows in results.over_seeds(content)}
+    return statistics.mean([scale * (row[what] - beside[what]) for row, beside in pairs])

@@ -5,70 +5,74 @@ on all devices. Finished images are kept in the folder as they come, so that the
 on after a kill, and ends in what it would have come to without.
 """
 
-import functools
+import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from advjax import attacks, runner
-from experiments import nets, results
+from experiments.common import markdown, networks
+from experiments.common.measure import Content, Row
+from experiments.common.options import DigitOptions, Digits, trial
+from experiments.common.victims import victims
 
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
 
 
-def main(
-    *,
-    net: str = "FC100-100-10",
-    images: int = 2000,
-    seed: int = 0,
-    source: results.Source = "auto",
-    out: Path = Path("results/attack"),
-    quick: bool = False,
-) -> None:
-    """Attacks test images of one net, durably.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DigitOptions):
+    """Attacks test images of one net, durably."""
 
-    Args:
-        net: The net to attack, by the paper's name.
-        images: How many test images.
-        seed: Of the net.
-        source: The digits: the full MNIST of tensorflow-datasets, the sample inside the package,
-            or the first of both that can be had.
-        out: The folder for the results, and for what is finished until then.
-        quick: Fewer steps and digits, of the sample: seconds, for a trial.
-    """
-    train, test = results.load("mnist", source, quick=quick)
-    victim = nets.load_or_train(
-        net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
-    )
-    chosen = nets.victims(victim, test, 64 if quick else images)
+    out: Path = Path("results/attack")
+    net: str = "FC100-100-10"
+    """The net to attack, by the paper's name."""
+    images: int = 2000
+    """How many test images."""
+    TRIAL = trial(images=64)
 
-    rows, files = [], {}
-    for attack in ATTACKS:
-        name = attack.__name__
+
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """What each attack comes to, and its result for every image."""
+    key = jax.random.key(seed)
+    victim = networks.load_or_train(key, options.net, digits.train, steps=options.steps)
+    chosen = victims(victim, digits.test, options.images)
+    rows, found = [], {"test_images": chosen.indices, "targets": chosen.targets}
+    for make in ATTACKS:
+        name = make.__name__
         result = runner.attack_images(
-            functools.partial(attack, victim.logits_fn),
+            make(victim.logits_fn),
             chosen.images,
             chosen.targets,
-            directory=out / name,
+            directory=options.out / name,
             progress=name,
         )
-        files[out / f"{name}.npz"] = "an AttackResult, and the indices and targets of the images"
-        np.savez(
-            out / f"{name}.npz",
-            test_images=chosen.indices,
-            targets=chosen.targets,
-            **result._asdict(),
-        )
+        found |= {f"{name}_{field}": values for field, values in result._asdict().items()}
         rows.append(
-            (
-                name,
-                results.percent(float(result.success.mean())),
-                f"{result.distortion.mean():.5f}",
-                f"{result.num_evals.mean():.1f}",
-            )
+            {
+                "attack": name,
+                "success": float(result.success.mean()),
+                "distortion": float(result.distortion.mean()),
+                "evaluations": float(result.num_evals.mean()),
+            }
         )
-    print(f"\n{net}, {len(chosen.images)} test images that it gets right:\n")
-    print(results.table(("attack", "success", "mean distortion", "evaluations"), rows))
-    print()
-    print(results.saved(files))
+    return {"images": len(chosen.images), "rows": rows, **found}
+
+
+def describe(content: Content) -> str:
+    """A line for each attack."""
+    (run,) = content["runs"]
+    rows = markdown.table(
+        [
+            ("attack", row["attack"]),
+            ("success", markdown.percent(row["success"])),
+            ("mean distortion", f"{row['distortion']:.5f}"),
+            ("evaluations", f"{row['evaluations']:.1f}"),
+        ]
+        for row in run["rows"]
+    )
+    return f"""\
+{content["config"]["net"]}, {run["images"]} test images that it gets right:
+
+{rows}
+
+attack.npz has the result of each attack for every image, with its place and target."""

@@ -14,24 +14,25 @@ Expected: `minimum_norm` at a gap of hundredths of a percent in some 25 evaluati
 Carlini-Wagner takes tens of thousands; both of ours at least 10 times as fast as the rest.
 """
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
-from advjax import attacks, losses, metrics, runner, solvers
-from experiments import foolbox_peers, nets, results
-from experiments.peers import Outcome, Way, scipy_lbfgs
+from advjax import attacks, metrics, runner, solvers
+from experiments.common import foolbox_peers, markdown, networks
+from experiments.common.measure import Arrays, Content, Row
+from experiments.common.options import DigitOptions, Digits, trial
+from experiments.common.peers import Outcome, Way, scipy_lbfgs
+from experiments.common.timing import BATCH_SIZE, time_of_a_gradient, timed, vmapped
+from experiments.common.victims import victims
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-BATCH_SIZE = 100  # of the gradients that time is set beside
 ONE_BY_ONE = "lbfgs, jaxopt, one by one"
 # In the figure: the colour, and where the label stands.
 _LEFT = {"xytext": (-7, 0), "ha": "right", "va": "center"}
@@ -45,143 +46,99 @@ LOOKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def main(
-    *,
-    net: str = "FC100-100-10",
-    images: int = 2000,
-    peers: bool = False,
-    seed: int = 0,
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-) -> None:
-    """Times the attacks on one net, and counts what they take.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DigitOptions):
+    """Times the attacks on one net, and counts what they take."""
 
-    Args:
-        net: The net to attack, by the paper's name.
-        images: How many test images our attacks take; all others take the first 50.
-        peers: Whether to run foolbox's attacks too.
-        seed: Of the net.
-        source: The digits: the full MNIST of tensorflow-datasets, the sample inside the package,
-            or the first of both that can be had.
-        out: The folder for the figure and the numbers.
-        quick: Fewer steps and digits, of the sample: seconds, for a trial.
-    """
-    if peers:
-        foolbox_peers.require("foolbox", "numba")  # which foolbox does not declare
-    train, test = results.load("mnist", source, quick=quick)
-    victim = nets.load_or_train(
-        net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
-    )
-    n, few = (8, 2) if quick else (images, min(50, images))
-    right = nets.victims(victim, test)
-    xs, targets = right.images[:n], right.targets[:n]
+    net: str = "FC100-100-10"
+    """The net to attack, by the paper's name."""
+    images: int = 2000
+    """How many test images our attacks take; all others take the first 50."""
+    peers: bool = False
+    """Run foolbox's attacks too."""
+    TRIAL = trial(images=8)
 
+    def load(self) -> Digits:
+        """Loads the digits."""
+        if self.peers:
+            foolbox_peers.require("foolbox", "numba")  # which foolbox does not declare
+        return super().load()
+
+
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """What each way of attacking comes to."""
+    key = jax.random.key(seed)
+    victim = networks.load_or_train(key, options.net, digits.train, steps=options.steps)
+    few = 2 if options.quick else min(50, options.images)
+    right = victims(victim, digits.test)
+    xs, targets = right.images[: options.images], right.targets[: options.images]
     ways = [*our_ways(victim, xs, targets), *slow_ways(victim, xs[:few], targets[:few])]
-    if peers:
+    if options.peers:
         ways += foolbox_peers.ways(
             victim.logits_fn,
             xs[:few],
             targets[:few],
             starts=right.images,
-            max_steps=10 if quick else 10_000,
+            max_steps=10 if options.quick else 10_000,
         )
     outcomes = []
     for way in ways:
         print(f"{way.name} ...", flush=True)
         outcomes.append((way, way.run()))
     gradient = time_of_a_gradient(victim.logits_fn, xs[:BATCH_SIZE], targets[:BATCH_SIZE])
-    rows = compare(outcomes, victim, xs, targets, gradient=gradient)
-
-    print(
-        f"\n{net}, {len(xs)} test images, of which all but our attacks took the first {few}: "
-        "distortion and\ngap are over those. A gradient in a batch takes "
-        f"{1e6 * gradient:.1f} us an image.\n"
-    )
-    print(table(rows))
-    out.mkdir(parents=True, exist_ok=True)
-    figure, numbers = (out / f"benchmark.{end}" for end in ("png", "json"))
-    draw(rows, title=f"{net} on MNIST, {few} images").savefig(figure)
-    results.save_json(
-        numbers,
-        {
-            "experiment": "benchmark",
-            "data": train.source,
-            "net": net,
-            "seed": seed,
-            "images_compared": few,
-            "microseconds_a_gradient": 1e6 * gradient,
-            "rows": rows,
-        },
-    )
-    print()
-    print(results.saved({figure: "the gap against the evaluations", numbers: "the numbers above"}))
+    return {
+        "images_compared": few,
+        "microseconds_a_gradient": 1e6 * gradient,
+        "rows": compare(outcomes, victim, xs, targets, gradient=gradient),
+    }
 
 
 # --- the ways of attacking -------------------------------------------------------------------
 
 
-def our_ways(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
+def our_ways(net: networks.Network, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
     """Both of our attacks."""
-    given = net.logits_fn, xs, targets
     return [
-        Way("minimum_norm", "advjax", lambda: many(attacks.minimum_norm, *given)),
-        Way("lbfgs", "advjax", lambda: many(attacks.lbfgs, *given)),
+        Way(make.__name__, "advjax", functools.partial(many, make(net.logits_fn), xs, targets))
+        for make in (attacks.minimum_norm, attacks.lbfgs)
     ]
 
 
-def slow_ways(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
+def slow_ways(net: networks.Network, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
     """The paper's attack with the solvers of others."""
-    jaxopt = functools.partial(attacks.lbfgs, solver=solvers.jaxopt_lbfgsb(tol=0))
-    given = (jaxopt, net.logits_fn, xs, targets)
+    given = attacks.lbfgs(net.logits_fn, solver=solvers.jaxopt_lbfgsb()), xs, targets
     return [
-        Way("lbfgs, jaxopt", "jaxopt", lambda: batched(*given)),
-        Way(ONE_BY_ONE, "jaxopt", lambda: one_by_one(*given)),
-        Way("lbfgs, SciPy loop", "SciPy", lambda: scipy_loop(net, xs, targets)),
+        Way("lbfgs, jaxopt", "jaxopt", functools.partial(batched, *given)),
+        Way(ONE_BY_ONE, "jaxopt", functools.partial(one_by_one, *given)),
+        Way("lbfgs, SciPy loop", "SciPy", functools.partial(scipy_loop, net, xs, targets)),
     ]
 
 
-def many(
-    attack: Callable[..., attacks.AttackResult],
-    logits_fn: jax.tree_util.Partial,
-    xs: np.ndarray,
-    targets: np.ndarray,
-) -> Outcome:
+def many(attack: attacks.Attack, xs: np.ndarray, targets: np.ndarray) -> Outcome:
     """All images through the runner."""
-    result, seconds = timed(runner.attack_images, functools.partial(attack, logits_fn), xs, targets)
+    result, seconds = timed(runner.attack_images, attack, xs, targets)
     return _outcome(result, seconds / len(xs))
 
 
-def batched(
-    attack: Callable[..., attacks.AttackResult],
-    logits_fn: jax.tree_util.Partial,
-    xs: np.ndarray,
-    targets: np.ndarray,
-) -> Outcome:
+def batched(attack: attacks.Attack, xs: np.ndarray, targets: np.ndarray) -> Outcome:
     """All images at once, under `jax.vmap`."""
-    result, seconds = timed(vmapped(attack), *jax.device_put((logits_fn, xs, targets)))
+    result, seconds = timed(vmapped(attack), *jax.device_put((xs, targets)))
     return _outcome(result, seconds / len(xs))
 
 
-def one_by_one(
-    attack: Callable[..., attacks.AttackResult],
-    logits_fn: jax.tree_util.Partial,
-    xs: np.ndarray,
-    targets: np.ndarray,
-) -> Outcome:
+def one_by_one(attack: attacks.Attack, xs: np.ndarray, targets: np.ndarray) -> Outcome:
     """One image after the other, in a Python loop."""
-    run = jax.jit(attack)
-    jax.block_until_ready(run(logits_fn, xs[0], targets[0]))
+    run = jax.jit(lambda attack, x, target: attack(x, target))
+    jax.block_until_ready(run(attack, xs[0], targets[0]))
     start = time.perf_counter()
     found = [
-        jax.block_until_ready(run(logits_fn, x, target))
-        for x, target in zip(xs, targets, strict=True)
+        jax.block_until_ready(run(attack, x, target)) for x, target in zip(xs, targets, strict=True)
     ]
     seconds = time.perf_counter() - start
     return _outcome(jax.tree.map(lambda *leaves: np.stack(leaves), *found), seconds / len(xs))
 
 
-def scipy_loop(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> Outcome:
+def scipy_loop(net: networks.Network, xs: np.ndarray, targets: np.ndarray) -> Outcome:
     """SciPy's L-BFGS-B, one image after the other, in float64, where it needs fewest steps."""
     with jax.enable_x64(True):
         attack = scipy_lbfgs(_in_double(net))
@@ -202,12 +159,12 @@ def scipy_loop(net: nets.Net, xs: np.ndarray, targets: np.ndarray) -> Outcome:
 
 def compare(
     outcomes: Sequence[tuple[Way, Outcome]],
-    net: nets.Net,
+    net: networks.Network,
     xs: np.ndarray,
     targets: np.ndarray,
     *,
     gradient: float,
-) -> list[results.Row]:
+) -> list[Row]:
     """One row for each way of attacking.
 
     Distortion and gap are means over those of the first images, which all ways took, that this one
@@ -247,7 +204,7 @@ def compare(
 
 
 def verify(
-    net: nets.Net, xs: np.ndarray, targets: np.ndarray, x_adv: np.ndarray
+    net: networks.Network, xs: np.ndarray, targets: np.ndarray, x_adv: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether the net in float64 too gives the images their targets, and their distortions."""
     n = len(x_adv)
@@ -258,59 +215,44 @@ def verify(
     return np.argmax(logits, axis=1) == targets[:n], np.asarray(distortions)
 
 
-def time_of_a_gradient(
-    logits_fn: jax.tree_util.Partial, xs: np.ndarray, targets: np.ndarray, *, repeats: int = 100
-) -> float:
-    """The seconds an image of value and gradient of the loss in one batch: the best of many."""
+def describe(content: Content) -> str:
+    """A line for each way of attacking; `slower` is beside the first of them."""
+    run, config = content["runs"][0], content["config"]
+    return f"""\
+{config["net"]}, {run["rows"][0]["images"]} test images, of which all but our attacks took the first
+{run["images_compared"]}: distortion and gap are over those. A gradient in a batch takes
+{run["microseconds_a_gradient"]:.1f} us an image.
 
-    @jax.jit
-    def value_and_grad(logits_fn, xs, targets):
-        def loss(x, target):
-            return losses.cross_entropy(logits_fn(x), target)
+{table(run["rows"])}
 
-        return jax.vmap(jax.value_and_grad(loss))(xs, targets)
-
-    arguments = jax.device_put((logits_fn, xs, targets))
-    return min(_seconds(value_and_grad, *arguments) for _ in range(repeats)) / len(xs)
+![The gap against the evaluations](benchmark.png)"""
 
 
-def table(rows: Sequence[results.Row]) -> str:
-    """The rows as text; `slower` is beside the first of them."""
-    return results.table(
-        (
-            "attack",
-            "success",
-            "in float64",
-            "distortion",
-            "gap",
-            "evaluations",
-            "ms/image",
-            "images/s",
-            "slower",
-            "/gradients",
-        ),
-        (
-            (
-                row["attack"],
-                results.percent(row["success"]),
-                results.percent(row["success_in_float64"]),
-                "-" if row["distortion"] is None else f"{row['distortion']:.5f}",
-                "-" if row["gap"] is None else f"{100 * row['gap']:.3f} %",
-                f"{row['evaluations']:,.1f}",
-                f"{row['milliseconds']:,.2f}",
-                f"{row['images_per_second']:,.2f}",
-                f"{row['milliseconds'] / rows[0]['milliseconds']:,.1f} x",
-                f"{row['seconds_over_gradients']:,.1f} x",
-            )
-            for row in rows
-        ),
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text."""
+    return markdown.table(
+        [
+            ("attack", row["attack"]),
+            ("success", markdown.percent(row["success"])),
+            ("in float64", markdown.percent(row["success_in_float64"])),
+            ("distortion", "-" if row["distortion"] is None else f"{row['distortion']:.5f}"),
+            ("gap", "-" if row["gap"] is None else markdown.percent(row["gap"], 3)),
+            ("evaluations", f"{row['evaluations']:,.1f}"),
+            ("ms/image", f"{row['milliseconds']:,.2f}"),
+            ("images/s", f"{row['images_per_second']:,.2f}"),
+            ("slower", f"{row['milliseconds'] / rows[0]['milliseconds']:,.1f} x"),
+            ("/gradients", f"{row['seconds_over_gradients']:,.1f} x"),
+        ]
+        for row in rows
     )
 
 
-def draw(rows: Sequence[results.Row], *, title: str) -> "Figure":
+def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
     """The gap against the evaluations, of the ways that had success with every image."""
-    from matplotlib.figure import Figure
-
+    del arrays
+    run, config = content["runs"][0], content["config"]
+    rows = run["rows"]
+    title = f"{config['net']} on {config['dataset'].upper()}, {run['images_compared']} images"
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(
         title=title,
@@ -336,21 +278,10 @@ def draw(rows: Sequence[results.Row], *, title: str) -> "Figure":
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    return {"benchmark.png": figure}
 
 
-def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What a function returns, and the seconds of the best of three calls once it has compiled."""
-    result = jax.block_until_ready(function(*arguments))
-    return result, min(_seconds(function, *arguments) for _ in range(3))
-
-
-def vmapped(attack: Callable[..., attacks.AttackResult]) -> Callable[..., attacks.AttackResult]:
-    """An attack of one net on a batch, compiled."""
-    return jax.jit(lambda fn, xs, targets: jax.vmap(functools.partial(attack, fn))(xs, targets))
-
-
-def _in_double(net: nets.Net) -> jax.tree_util.Partial:
+def _in_double(net: networks.Network) -> jax.tree_util.Partial:
     double = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), net.params)
     return jax.tree_util.Partial(net.model.apply, double)
 
@@ -362,9 +293,3 @@ def _mean(values: np.ndarray) -> float | None:
 def _outcome(result: attacks.AttackResult, seconds: float) -> Outcome:
     x_adv, success, num_evals = map(np.asarray, (result.x_adv, result.success, result.num_evals))
     return Outcome(x_adv, success, num_evals, seconds)
-
-
-def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start

@@ -10,10 +10,9 @@ that it gets right. A photograph is certified within its margin over the square 
 the bound.
 """
 
+import dataclasses
 import functools
 import time
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,78 +20,63 @@ from jaxtyping import Array
 
 from advjax import lipschitz
 from advjax.lipschitz.bound import linear_layers
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense
-from experiments import imagenet, nets, results, table5
+from experiments.common import markdown, networks
+from experiments.common.claims import Claim
+from experiments.common.measure import Content, Row
+from experiments.common.options import PhotographOptions, trial
+from experiments.common.photographs import Subjects, load_network, load_subjects
+from experiments.common.slopes import Linear, estimate, steepest
 
 PARTS = ("expand", "depthwise", "project")
 """The layers of a block; the stem, the head and the logits are layers by themselves."""
 
 
-def main(
-    *,
-    images: Path | None = None,
-    count: int = 20,
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Bounds each layer of EfficientNet-Lite0, and the net.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(PhotographOptions):
+    """Bounds each layer of EfficientNet-Lite0, and the net."""
 
-    Args:
-        images: A folder of photographs; the twenty of foolbox by default.
-        count: At how many photographs to take the slope of the net, at most.
-        out: The folder for the numbers.
-        quick: A small image, and the slope at one: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    net = imagenet.load_net()
-    dataset, chosen = imagenet.load_photographs(net, images, count=1 if quick else count)
-    if quick:
-        chosen = chosen._replace(images=chosen.images[:, ::7, ::7])
+    count: int = 20
+    """At how many photographs to take the slope of the net, at most."""
+    TRIAL = trial(count=1)
 
-    def measure(seed: int) -> results.Row:
-        like = jax.ShapeDtypeStruct(chosen.images.shape[1:], jnp.float32)
-        print("Bounding the net", flush=True)
-        bound, seconds = _bound(net, like)
-        names = [_name(layer) for layer in bound.layers]
-        print("Estimating the norms of its layers, and its slope, from below", flush=True)
-        linear = iter(linear_layers(net.logits_fn, like))
-        certified = functools.partial(lipschitz.certified_radius, constant=1.0)
-        logits = jax.lax.map(net.logits_fn, jnp.asarray(chosen.images), batch_size=4)
-        return {
-            "layers": [
-                {"layer": name, "bound": float(layer.gain), "lanczos": _lanczos(*next(linear))}
-                for name, layer in zip(names, bound.layers, strict=True)
-                if _is_linear(layer)
-            ],
-            # The last operation of a block tells how far the bound has come.
-            "reached": {
-                name.partition("/")[0]: float(layer.constant)
-                for name, layer in zip(names, bound.layers, strict=True)
-                if name
-            },
-            "bound": float(bound.constant),
-            "seconds": seconds,
-            "steepest": float(table5.steepest(net.logits_fn, jnp.asarray(chosen.images))),
-            # Those that a bound of 1 would certify.
-            "radii": jax.vmap(certified)(logits, chosen.labels).tolist(),
-        }
-
-    content = results.measure(
-        "bounds",
-        measure,
-        seeds=1,
-        config={"count": count, "dataset": results.PHOTOGRAPHS, "quick": quick},
-        splits=(dataset,),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("bounds", describe(content), out)
-    return content
+    def load(self) -> Subjects:
+        """Loads the net and the photographs that it has right; of a trial one, shrunk."""
+        stride = 7 if self.quick else 1
+        return load_subjects(load_network(), self.folder, count=self.count, stride=stride)
 
 
-def _bound(net: nets.Net, like: jax.ShapeDtypeStruct) -> tuple[lipschitz.Bound, float]:
+def measure(options: Options, subjects: Subjects, seed: int) -> Row:
+    """The bounds of the layers and of the net, and its slope."""
+    net, _, chosen = subjects
+    like = jax.ShapeDtypeStruct(chosen.images.shape[1:], jnp.float32)
+    print("Bounding the net", flush=True)
+    bound, seconds = _bound(net, like)
+    names = [_name(layer) for layer in bound.layers]
+    print("Estimating the norms of its layers, and its slope, from below", flush=True)
+    linear = iter(linear_layers(net.logits_fn, like))
+    certified = functools.partial(lipschitz.certified_radius, constant=1.0)
+    logits = jax.lax.map(net.logits_fn, jnp.asarray(chosen.images), batch_size=4)
+    return {
+        "layers": [
+            {"layer": name, "bound": float(layer.gain), "lanczos": _lanczos(*next(linear))}
+            for name, layer in zip(names, bound.layers, strict=True)
+            if _is_linear(layer)
+        ],
+        # The last operation of a block tells how far the bound has come.
+        "reached": {
+            name.partition("/")[0]: float(layer.constant)
+            for name, layer in zip(names, bound.layers, strict=True)
+            if name
+        },
+        "bound": float(bound.constant),
+        "seconds": seconds,
+        "steepest": float(steepest(net.logits_fn, jnp.asarray(chosen.images))),
+        # Those that a bound of 1 would certify.
+        "radii": jax.vmap(certified)(logits, chosen.labels).tolist(),
+    }
+
+
+def _bound(net: networks.Network, like: jax.ShapeDtypeStruct) -> tuple[lipschitz.Bound, float]:
     """The bound of a net in float64, and the seconds that it took, compilation included."""
     with jax.enable_x64(True):
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), net.params)
@@ -113,23 +97,16 @@ def _is_linear(layer: lipschitz.Layer) -> bool:
     return layer.name.endswith(("conv_general_dilated", "dot_general"))
 
 
-def _lanczos(layer: Dense | Convolution, kernels: Array) -> float:
+def _lanczos(layer: Linear, kernels: Array) -> float:
     """The norm of a layer, from below."""
     (kernel,) = kernels
-
-    @jax.jit
-    def estimate(kernel):
-        apply = functools.partial(layer.apply, kernel)
-        like = jax.ShapeDtypeStruct(layer.input_shape(kernel.shape), kernel.dtype)
-        return lipschitz.lanczos(apply, like, key=jax.random.key(0), num_starts=1).value
-
-    return float(estimate(kernel))
+    return float(estimate(lipschitz.lanczos, layer, kernel))
 
 
 # --- words -----------------------------------------------------------------------------------
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """A line for each block, and the net as a whole."""
     (run,) = content["runs"]
     cells = {
@@ -138,16 +115,13 @@ def describe(content: dict[str, Any]) -> str:
     }
     blocks = list(dict.fromkeys(name.partition("/")[0] for name in cells))
     steps = _steps(run["reached"])
-    layers = results.table(
-        ("block", *PARTS, "the block"),
-        (
-            (
-                block,
-                *(cells.get(f"{block}/{part}", "-") for part in PARTS),
-                cells.get(block) or f"{steps[block]:.4g}",
-            )
-            for block in blocks
-        ),
+    layers = markdown.table(
+        [
+            ("block", block),
+            *((part, cells.get(f"{block}/{part}", "-")) for part in PARTS),
+            ("the block", cells.get(block) or f"{steps[block]:.4g}"),
+        ]
+        for block in blocks
     )
     bound, steepest = run["bound"], run["steepest"]
     least, largest = min(run["radii"]), max(run["radii"])
@@ -171,12 +145,12 @@ def _steps(reached: dict[str, float]) -> dict[str, float]:
     }
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Layers' bounds multiply to a bound of the net, which for a deep one says nothing."""
     (run,) = content["runs"]
     bounds = [layer["bound"] for layer in run["layers"]]
     return [
-        results.Claim(
+        Claim(
             "The layers of a large trained net have bounds that multiply to one of the net",
             "Table 5: AlexNet, 2.75 to 11 a layer, 7.9e5 in all",
             f"EfficientNet-Lite0: {min(bounds):.2g} to {max(bounds):.2g} a layer, "

@@ -14,24 +14,22 @@ the paper's Table 4). For another net those images count that it gets right as w
 the step's length in each pixel, but signs at random.
 """
 
-import functools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
+from matplotlib.figure import Figure
 
 from advjax import attacks, metrics, transfer
 from advjax.types import LogitsFn
-from experiments import nets, paper, results
+from experiments.common import markdown, networks, paper, statistics
+from experiments.common.claims import Claim, verdict
+from experiments.common.measure import Arrays, Content, Row, grouped
+from experiments.common.options import Digits, VictimOptions
+from experiments.common.victims import Victims, attack_every_class, random_victims
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-NETS = tuple(paper.TABLE1)
 EPSILONS = tuple(k / 60 for k in range(19))
 SHOWN = (0.05, 0.1, 0.15, 0.2, 0.25)
 TRANSFERRED = 0.1
@@ -40,74 +38,36 @@ LEVELS = tuple(k / 20 for k in range(1, 20))
 PUBLISHED = paper.FAST_GRADIENT["shallow softmax"]
 RATIOS = tuple(paper.ROBUSTNESS.items())
 EVERYWHERE = (-np.inf, np.inf)
-KINDS = ("nearest", "step", "control")
+KINDS = {"nearest": "nearest", "step": "step", "control": "signs at random"}
 
 _magnify = jax.jit(jax.vmap(transfer.magnify))
 _random_signs = jax.jit(jax.vmap(transfer.random_signs))
 _distances = jax.jit(jax.vmap(metrics.distortion))
 
 
-def main(
-    *,
-    images: int = 1000,
-    seeds: int = 5,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Measures how often one gradient step misleads the nets of Table 1, here and on other nets.
+class Options(VictimOptions):
+    """Measures how often one gradient step misleads the nets of Table 1, here and on other nets."""
 
-    Args:
-        images: How many test images to attack for each seed.
-        seeds: How many times to train and to draw.
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the figure and the numbers.
-        quick: Two nets, briefly trained, and two seeds, on the sample: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    images, seeds = (64, 2) if quick else (images, seeds)
 
-    def measure(seed: int) -> results.Row:
-        chosen = nets.random_victims(jax.random.key(seed), test, images)
-        trained = [
-            nets.load_or_train(
-                name,
-                train.images,
-                train.labels,
-                key=jax.random.key(seed),
-                steps=300 if quick else None,
-            )
-            for name in (NETS[:4:3] if quick else NETS)
-        ]
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        return {"rows": [_attack(net, trained, chosen, key) for net in trained]}
-
-    content = results.measure(
-        "fgsm",
-        measure,
-        seeds=seeds,
-        config={"images": images, "dataset": dataset, "quick": quick},
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    draw(content).savefig(out / "fgsm.png")
-    results.show("fgsm", describe(content), out)
-    return content
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """What each net makes of the steps and of the nearest images, and the other nets of both."""
+    key = jax.random.key(seed)
+    chosen = random_victims(key, digits.test, options.images)
+    trained = [
+        networks.load_or_train(key, name, digits.train, steps=options.steps)
+        for name in networks.table1(options.quick)
+    ]
+    sign_key = jax.random.fold_in(key, 1)
+    return {"rows": [_attack(net, trained, chosen, sign_key) for net in trained]}
 
 
 def _attack(
-    net: nets.Net, others: Sequence[nets.Net], chosen: nets.Victims, key: Key[Array, ""]
-) -> results.Row:
+    net: networks.Network, others: Sequence[networks.Network], chosen: Victims, key: Key[Array, ""]
+) -> Row:
     """What one net makes of the steps and of the nearest images, and the others of both."""
     xs, labels = chosen.images, chosen.labels
     steps = {epsilon: _step(net.logits_fn, xs, labels, epsilon) for epsilon in EPSILONS}
-    nearest = nets.attack_every_class(attacks.lbfgs, net, chosen)
+    nearest = attack_every_class(attacks.lbfgs(net.logits_fn), chosen, net.name)
     lengths = np.where(nearest.success, nearest.distortion, np.inf)
     unclipped = _step(net.logits_fn, xs, labels, PUBLISHED.epsilon, EVERYWHERE)
     return {
@@ -142,24 +102,23 @@ def _step(
     box: tuple[float, float] = (0.0, 1.0),
 ) -> attacks.AttackResult:
     """A step from each image, compiled once for every epsilon."""
-    step = functools.partial(attacks.fgsm, logits_fn, epsilon=epsilon, box=box)
-    return jax.vmap(step)(xs, labels)
+    return jax.vmap(attacks.fgsm(logits_fn, epsilon=epsilon, box=box))(xs, labels)
 
 
-def _confidence(net: nets.Net, result: attacks.AttackResult) -> float:
+def _confidence(net: networks.Network, result: attacks.AttackResult) -> float:
     """The mean probability of the class that a misled net gives."""
     probabilities = jax.nn.softmax(jax.vmap(net.logits_fn)(result.x_adv))
     return float(jnp.mean(jnp.max(probabilities, axis=1), where=result.success))
 
 
 def _transfer(
-    net: nets.Net,
-    others: Sequence[nets.Net],
-    chosen: nets.Victims,
+    net: networks.Network,
+    others: Sequence[networks.Network],
+    chosen: Victims,
     nearest: attacks.AttackResult,
     steps: dict[float, attacks.AttackResult],
     key: Key[Array, ""],
-) -> list[results.Row]:
+) -> list[Row]:
     """How often the other nets err, at two lengths, on the nearest images and on the steps."""
     xs, labels, near, far = chosen.images, chosen.labels, nearest.x_adv, steps[TRANSFERRED]
     right = np.asarray(steps[0.0].prediction) == labels
@@ -191,65 +150,53 @@ def _transfer(
     ]
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """Four tables: the errors, the published ones, what a step costs, and transfer."""
     images = content["config"]["images"]
 
-    def wrong(rows: Sequence[results.Row]) -> str:
+    def wrong(rows: Sequence[Row]) -> str:
         return _percent([row["wrong"] for row in rows], [images] * len(rows))
 
-    by_net = list(_by_net(content))
-    errors = results.table(
-        ("net", "no step", *(f"epsilon {epsilon:g}" for epsilon in SHOWN)),
-        (
-            (name, *(wrong([_step_of(row, epsilon) for row in rows]) for epsilon in (0, *SHOWN)))
-            for name, rows in by_net
-        ),
+    def mean(rows: Sequence[Row], of: Callable[[Row], float], digits: int = 4) -> str:
+        return markdown.number(statistics.mean([of(row) for row in rows]), digits)
+
+    def cells(rows: Sequence[Row], kind: str) -> tuple[str, str]:
+        some = [row["published"][kind] for row in rows]
+        return wrong(some), mean(some, lambda one: 100 * one["confidence"], 1)
+
+    by_net = grouped(content, "net")
+    errors = markdown.table(
+        [
+            ("net", name),
+            ("no step", wrong([_step_of(row, 0) for row in rows])),
+            *((f"epsilon {e:g}", wrong([_step_of(row, e) for row in rows])) for e in SHOWN),
+        ]
+        for name, rows in by_net.items()
     )
-    published = results.table(
+    published = markdown.grid(
         ("net", "error", "confidence", "error, unclipped", "confidence, unclipped"),
         [
-            (
-                name,
-                *(
-                    cell
-                    for kind in ("clipped", "unclipped")
-                    for some in [[row["published"][kind] for row in rows]]
-                    for cell in (
-                        wrong(some),
-                        results.number(results.mean([100 * one["confidence"] for one in some]), 1),
-                    )
-                ),
-            )
-            for name, rows in by_net
-        ]
-        + [
-            (f"{name}, as published", f"{row.error:g}", f"{row.confidence:g}", "", "")
-            for name, row in paper.FAST_GRADIENT.items()
+            *(
+                (name, *cells(rows, "clipped"), *cells(rows, "unclipped"))
+                for name, rows in by_net.items()
+            ),
+            *(
+                (f"{name}, as published", f"{row.error:g}", f"{row.confidence:g}", "", "")
+                for name, row in paper.FAST_GRADIENT.items()
+            ),
         ],
     )
-    lengths = results.table(
-        (
-            "net",
-            "half wrong: nearest",
-            "step",
-            "ratio",
-            "90 % wrong: step",
-            "nearest, mean",
-            "ratio",
-        ),
-        (
-            (
-                name,
-                results.number(results.mean([_half_length(row) for row in rows])),
-                results.number(results.mean([_step_length(row, 0.5, images) for row in rows])),
-                results.number(results.mean([_at_half(row, images) for row in rows]), 2),
-                results.number(results.mean([_step_length(row, 0.9, images) for row in rows])),
-                results.number(results.mean([row["nearest"]["distortion"] for row in rows])),
-                results.number(results.mean([_cost(row, images) for row in rows]), 2),
-            )
-            for name, rows in by_net
-        ),
+    lengths = markdown.table(
+        [
+            ("net", name),
+            ("half wrong: nearest", mean(rows, _half_length)),
+            ("step", mean(rows, lambda row: _step_length(row, 0.5, images))),
+            ("ratio", mean(rows, lambda row: _at_half(row, images), 2)),
+            ("90 % wrong: step", mean(rows, lambda row: _step_length(row, 0.9, images))),
+            ("nearest, mean", mean(rows, lambda row: row["nearest"]["distortion"])),
+            ("ratio", mean(rows, lambda row: _cost(row, images), 2)),
+        ]
+        for name, rows in by_net.items()
     )
     ratios = ", ".join(f"{row.fast_gradient / row.lbfgs:.1f} for {net}" for net, row in RATIOS)
     return f"""\
@@ -276,33 +223,29 @@ right:
 {_transfer_table(by_net)}"""
 
 
-def _transfer_table(by_net: Sequence[tuple[str, Sequence[results.Row]]]) -> str:
-    return results.table(
-        ("net attacked", "RMS", "nearest", "step", "signs at random"),
-        (
-            (
-                f"{name}{', magnified' if i else ''}",
-                f"{np.mean([row['transfer'][i]['distortion'] for row in rows]):.4f}",
-                *(
-                    _percent(
-                        [row["transfer"][i][kind] for row in rows],
-                        [row["transfer"][i]["total"] for row in rows],
-                    )
-                    for kind in KINDS
-                ),
-            )
-            for i in range(2)
-            for name, rows in by_net
-        ),
+def _transfer_table(by_net: Mapping[str, Sequence[Row]]) -> str:
+    return markdown.table(
+        [
+            ("net attacked", f"{name}{', magnified' if i else ''}"),
+            ("RMS", f"{statistics.over(some, 'distortion').mean:.4f}"),
+            *((heading, _percent_of(some, kind)) for kind, heading in KINDS.items()),
+        ]
+        for i in range(2)
+        for name, rows in by_net.items()
+        for some in [[row["transfer"][i] for row in rows]]
     )
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def _percent_of(rows: Sequence[Row], kind: str) -> str:
+    return _percent([row[kind] for row in rows], [row["total"] for row in rows])
+
+
+def claims(content: Content) -> list[Claim]:
     """One step is enough, but longer than need be; its examples mislead other nets."""
     images = content["config"]["images"]
-    by_net = dict(_by_net(content))
+    by_net = grouped(content, "net")
     clipped = [row["published"]["clipped"] for row in by_net["FC10(1e-4)"]]
-    error = results.share([one["wrong"] for one in clipped], [images] * len(clipped))
+    error = statistics.fraction([one["wrong"] for one in clipped], [images] * len(clipped))
     confidence = np.mean([one["confidence"] for one in clipped])
     costs, halves = (
         {
@@ -318,44 +261,43 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     }
     above = np.all(rates["step"] > rates["control"], axis=1)
     return [
-        results.Claim(
+        Claim(
             "One gradient step is enough to mislead a linear net (Goodfellow et al. 2014)",
             f"{PUBLISHED.error:g} % wrong at epsilon {PUBLISHED.epsilon:g}, with a confidence of "
             f"{PUBLISHED.confidence:g} %",
-            f"FC10(1e-4): {results.percent(error, 1)} with {results.percent(confidence, 1)}",
+            f"FC10(1e-4): {markdown.percent(error, 1)} with {markdown.percent(confidence, 1)}",
             "holds"
             if error.mean > 0.99
             else "holds in part"
             if error.mean > 0.9
             else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "It is several times as long as need be (Moosavi-Dezfooli et al. 2016)",
             ", ".join(f"{row.fast_gradient / row.lbfgs:.1f} times ({net})" for net, row in RATIOS),
             ", ".join(f"{cost:.1f} times ({name})" for name, cost in costs.items())
             + "; where both get half of the images wrong, "
             + ", ".join(f"{half:.1f}" for half in halves.values()),
-            results.verdict(cost > 2 for cost in costs.values()),
+            verdict(cost > 2 for cost in costs.values()),
         ),
-        results.Claim(
+        Claim(
             "Its examples mislead other nets too (Goodfellow et al. 2014)",
             "stated",
-            f"a step of {TRANSFERRED:g} on {results.percent(rates['step'].mean(), 1)} of images, "
-            f"its pixels with signs at random on {results.percent(rates['control'].mean(), 1)}, "
+            f"a step of {TRANSFERRED:g} on {markdown.percent(rates['step'].mean(), 1)} of images, "
+            f"its pixels with signs at random on {markdown.percent(rates['control'].mean(), 1)}, "
             "the nearest images magnified to its RMS on "
-            f"{results.percent(rates['nearest'].mean(), 1)}",
-            results.verdict(above),
+            f"{markdown.percent(rates['nearest'].mean(), 1)}",
+            verdict(above),
         ),
     ]
 
 
-def draw(content: dict[str, Any]) -> "Figure":
+def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
     """The error against epsilon, and against the length, of the steps and the nearest images."""
-    from matplotlib.figure import Figure
-
+    del arrays
     figure = Figure(figsize=(10, 4.2), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for name, rows in _by_net(content):
+    for name, rows in grouped(content, "net").items():
         wrong, lengths = (
             np.mean([[step[what] for step in row["steps"]] for row in rows], axis=0)
             for what in ("wrong", "distortion")
@@ -375,21 +317,15 @@ def draw(content: dict[str, Any]) -> "Figure":
         axes.legend(frameon=False, loc="lower right")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    return {"fgsm.png": figure}
 
 
-def _by_net(content: dict[str, Any]) -> Iterator[tuple[str, list[results.Row]]]:
-    """For each net its rows of all seeds."""
-    for rows in results.over_seeds(content):
-        yield rows[0]["net"], list(rows)
-
-
-def _step_of(row: results.Row, epsilon: float) -> results.Row:
+def _step_of(row: Row, epsilon: float) -> Row:
     (step,) = [step for step in row["steps"] if step["epsilon"] == epsilon]
     return step
 
 
-def _step_length(row: results.Row, level: float, images: int) -> float:
+def _step_length(row: Row, level: float, images: int) -> float:
     """The mean length of the first step that gets such a share wrong; NaN if none does."""
     errors = np.array([step["wrong"] for step in row["steps"]]) / images
     lengths = np.array([step["distortion"] for step in row["steps"]])
@@ -400,20 +336,20 @@ def _step_length(row: results.Row, level: float, images: int) -> float:
     return float(np.interp(level, errors[around], lengths[around]))
 
 
-def _half_length(row: results.Row) -> float:
+def _half_length(row: Row) -> float:
     """The length at which half of the nearest images are found."""
     return row["nearest"]["quantiles"][LEVELS.index(0.5)]
 
 
-def _at_half(row: results.Row, images: int) -> float:
+def _at_half(row: Row, images: int) -> float:
     """How many times as long a step is as the nearest images, where both get half wrong."""
     return _step_length(row, 0.5, images) / _half_length(row)
 
 
-def _cost(row: results.Row, images: int) -> float:
+def _cost(row: Row, images: int) -> float:
     """How many times as long the step for 90 % is as the nearest images are on average."""
     return _step_length(row, 0.9, images) / row["nearest"]["distortion"]
 
 
 def _percent(wrong: Sequence[int], total: Sequence[int]) -> str:
-    return results.number(results.Estimate(*(100 * end for end in results.share(wrong, total))), 1)
+    return markdown.percent(statistics.fraction(wrong, total), 1, unit="")

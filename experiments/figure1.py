@@ -11,98 +11,42 @@ beside, and its mean over all units, as many random directions, and as many sets
 random. Whether units and directions differ is asked by the rotation test.
 """
 
-from pathlib import Path
-from typing import Any
+import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key
+from matplotlib.figure import Figure
 
-from advjax import data, metrics, plots, units
-from experiments import nets, results
+from advjax import metrics, units
+from experiments.common import markdown, networks, statistics
+from experiments.common.claims import Claim
+from experiments.common.measure import Arrays, Content, Row
+from experiments.common.options import DigitOptions, Digits, trial
+from experiments.common.units import TOP, alive, draw_rows, features
 
 NET = "ConvNet"
 LAYER = "hidden1"
 SHOWN = 4
-TOP = 10
 
 
-def main(
-    *,
-    seeds: int = 3,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Draws the test images that go farthest along units and along random directions.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DigitOptions):
+    """Draws the test images that go farthest along units and along random directions."""
 
-    Args:
-        seeds: How many nets to train; the first one is drawn.
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the figures and the numbers.
-        quick: Two nets, briefly trained, on the sample: half a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    seeds = 2 if quick else seeds
-
-    def measure(seed: int) -> results.Row:
-        net = nets.load_or_train(
-            NET,
-            train.images,
-            train.labels,
-            key=jax.random.key(seed),
-            steps=60 if quick else None,
-        )
-        return _rows(net, test, jax.random.fold_in(jax.random.key(seed), 2))
-
-    content = results.measure(
-        "figure1",
-        measure,
-        seeds=seeds,
-        config={"dataset": dataset, "quick": quick},
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    for figure, kind in (("figure1", "units"), ("figure2", "directions")):
-        rows = content["runs"][0]["rows"][kind]
-        plots.top_images_grid(
-            test.images,
-            np.array([row["indices"] for row in rows]),
-            names=[row["name"] for row in rows],
-        ).savefig(out / f"{figure}.png")
-    results.show("figure1", describe(content), out)
-    return content
+    seeds: int = 3
+    TRIAL = trial(seeds=2)
+    TRIAL_STEPS = 60
 
 
-def features(
-    net: nets.Net, layer: str, images: Float[np.ndarray, "n *shape"]
-) -> Float[Array, "n units"]:
-    """What a layer of a net makes of images."""
-
-    def phi(image):
-        return jnp.ravel(net.model.apply(net.params, image, method="layers")[layer])
-
-    return jax.lax.map(phi, images, batch_size=1000)
-
-
-def alive(phi: Float[Array, "n units"]) -> Bool[np.ndarray, " units"]:
-    """Which units are above their least value on as many images as a row shows."""
-    return np.asarray(jnp.sum(phi > jnp.min(phi, axis=0, keepdims=True), axis=0) >= TOP)
-
-
-def _rows(net: nets.Net, test: data.Dataset, key: Key[Array, ""]) -> results.Row:
+def measure(options: Options, digits: Digits, seed: int) -> Row:
     """What is at the ends of units and of directions, and how much of it is of one class."""
+    key = jax.random.key(seed)
+    net = networks.load_or_train(key, NET, digits.train, steps=options.steps)
+    test = digits.test
     phi = features(net, LAYER, test.images)
     counted = np.flatnonzero(alive(phi))
     m, (n, d) = len(counted), phi.shape
-    direction_key, set_key = jax.random.split(key)
+    direction_key, set_key = jax.random.split(jax.random.fold_in(key, 2))
     directions = {
         "units": units.natural_basis(d)[counted],
         "directions": units.random_directions(direction_key, m, d),
@@ -113,6 +57,19 @@ def _rows(net: nets.Net, test: data.Dataset, key: Key[Array, ""]) -> results.Row
         "units": [f"unit {i}" for i in counted],
         "directions": [f"direction {i + 1}" for i in range(m)],
     }
+    rows = {
+        kind: [
+            {
+                "name": name,
+                "indices": row.tolist(),
+                "labels": test.labels[row].tolist(),
+                "purity": float(units.label_purity(row[None], test.labels)[0]),
+            }
+            for name, row in zip(names[kind][:SHOWN], np.asarray(indices), strict=False)
+        ]
+        for kind, indices in top.items()
+    }
+    shown = {kind: test.images[[row["indices"] for row in some]] for kind, some in rows.items()}
     return {
         "test_error": metrics.error_rate(net.logits_fn, test.images, test.labels),
         "alive": m,
@@ -121,43 +78,31 @@ def _rows(net: nets.Net, test: data.Dataset, key: Key[Array, ""]) -> results.Row
             kind: float(units.label_purity(indices, test.labels).mean())
             for kind, indices in (top | {"images at random": at_random}).items()
         },
-        "rows": {
-            kind: [
-                {
-                    "name": name,
-                    "indices": row.tolist(),
-                    "labels": test.labels[row].tolist(),
-                    "purity": float(units.label_purity(row[None], test.labels)[0]),
-                }
-                for name, row in zip(names[kind][:SHOWN], np.asarray(indices), strict=False)
-            ]
-            for kind, indices in top.items()
-        },
+        "rows": rows,
+        **shown,
     }
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """Both figures, the classes in them, and the mean purity of all units and directions."""
     first, runs = content["runs"][0], content["runs"]
-    shown = results.table(
+    shown = markdown.grid(
         ("row", "classes of the ten images", "of one class"),
         (
-            (row["name"], " ".join(map(str, row["labels"])), results.percent(row["purity"], 0))
+            (row["name"], " ".join(map(str, row["labels"])), markdown.percent(row["purity"], 0))
             for rows in first["rows"].values()
             for row in rows
         ),
     )
-    means = results.table(
+    purities = [run["purity"] for run in runs]
+    means = markdown.grid(
         ("ten images along", "of one class, %"),
         (
-            (
-                kind,
-                results.number(results.mean([100 * run["purity"][kind] for run in runs]), 1),
-            )
+            (kind, markdown.number(statistics.over(purities, kind, scale=100), 1))
             for kind in first["purity"]
         ),
     )
-    errors = results.number(results.mean([100 * run["test_error"] for run in runs]), 2)
+    errors = markdown.number(statistics.over(runs, "test_error", scale=100), 2)
     live = ", ".join(f"{run['alive']} of {run['units_in_all']}" for run in runs)
     return f"""\
 Figure 1, the first units:
@@ -176,7 +121,17 @@ directions, and over as many sets:
 {means}"""
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
+    """The ten images of each row of the first seed."""
+    return {
+        f"{figure}.png": draw_rows(
+            arrays[kind], [row["name"] for row in content["runs"][0]["rows"][kind]]
+        )
+        for figure, kind in (("figure1", "units"), ("figure2", "directions"))
+    }
+
+
+def claims(content: Content) -> list[Claim]:
     """That the images along a random direction have something in common."""
     purities = {
         kind: [run["purity"][kind] for run in content["runs"]]
@@ -184,13 +139,13 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     }
     beyond = min(purities["directions"]) > max(purities["images at random"])
     return [
-        results.Claim(
+        Claim(
             "The images farthest along a random direction have something in common, as those of a "
             "unit have",
             "seen in Figures 1 to 4",
             "the ten are of one class to "
             + ", ".join(
-                f"{results.percent(results.mean(some), 1)} ({kind})"
+                f"{markdown.percent(statistics.mean(some), 1)} ({kind})"
                 for kind, some in purities.items()
             ),
             "holds" if beyond else "does not hold",

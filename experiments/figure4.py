@@ -20,31 +20,44 @@ one-sided t-tests over the seeds ask whether the effect is shown to be less than
 half a view in ten.
 """
 
-import functools
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
+from matplotlib.figure import Figure
 
-from advjax import units
-from experiments import imagenet, nets, results
-from experiments.figure1 import TOP, alive
-from experiments.figure3 import (
+from advjax import data, units
+from experiments.common import markdown, networks, statistics
+from experiments.common.claims import Claim
+from experiments.common.measure import Arrays, Content, Row
+from experiments.common.options import PhotographOptions, trial
+from experiments.common.photographs import load_network
+from experiments.common.units import (
+    ALPHA,
+    MARGIN,
+    TOP,
+    alive,
+    cells,
+    equivalence,
+    in_numbers,
+    outside,
+)
+from experiments.common.views import (
     LAYER,
     SHOWN,
-    draw,
+    Views,
+    draw_views,
     farthest,
-    features,
     flat,
     load_views,
     photograph_of,
-    table,
+    pooled_features,
+    table_of_views,
+    thumbnails,
 )
-from experiments.rotation import ALPHA, MARGIN, in_numbers
 
 INNER = "block11"
 UNITS = 256
@@ -53,79 +66,77 @@ TESTED = f"{LAYER}, units"
 """The case that the paper speaks of."""
 UNTRAINED = f"{LAYER}, untrained"
 
-_equivalence_test = jax.jit(functools.partial(units.equivalence_test, margin=MARGIN))
+Features = Float[Array, "photographs views units"]
 
 
-def main(
-    *,
-    images: Path | None = None,
-    seeds: int = 5,
-    rotations: int = 199,
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Draws the photographs along random directions, and tests whether units are more alike.
+class Materials(NamedTuple):
+    """The views, and what two layers of the net, and of one that was not trained, make of them."""
 
-    Args:
-        images: A folder of photographs; the twenty in the package foolbox if None.
-        seeds: How many draws of directions, and parts of the units.
-        rotations: How many random bases to compare the units with.
-        out: The folder for the figure and the numbers.
-        quick: Eight photographs, shrunk, two seeds and 19 rotations: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    views = load_views(images, quick=quick)
-    seeds, rotations = (2, 19) if quick else (seeds, rotations)
+    views: Views
+    trained: dict[str, Features]
+    untrained: dict[str, Features]
 
-    @functools.cache
-    def outputs(trained: bool) -> dict[str, Float[Array, "photographs views units"]]:
-        net = imagenet.load_net()
-        return features(net if trained else _untrained(net), views.images, (LAYER, INNER))
+    @property
+    def splits(self) -> tuple[data.Dataset, ...]:
+        """What is measured on."""
+        return self.views.splits
 
-    def measure(seed: int) -> results.Row:
-        key = jax.random.fold_in(jax.random.key(seed), 4)
-        direction_key, noise_key, test_key = jax.random.split(key, 3)
-        phi = outputs(True)[LAYER]
-        counted = np.flatnonzero(alive(flat(phi)))
-        cases = {
-            TESTED: _part(flat(phi), seed, seeds),
-            UNTRAINED: _part(flat(outputs(False)[LAYER]), seed, seeds),
-            "noise": jax.random.normal(noise_key, (len(flat(phi)), 100)),
-        }
-        if seed == 0:
-            cases[f"{INNER}, units"] = _part(flat(outputs(True)[INNER]), 0, 1)
-        return {
-            "photographs": phi.shape[0],
-            "views": phi.shape[1],
-            "units": float(_purity_of_units(phi, counted)),
-            **farthest(
-                phi[..., counted],
-                units.random_directions(direction_key, len(counted), len(counted)),
-                [f"direction {i + 1}" for i in range(SHOWN)],
-                views.names,
-            ),
-            "tests": {
-                name: _test(jax.random.fold_in(test_key, i), case, photograph_of(phi), rotations)
-                for i, (name, case) in enumerate(cases.items())
-            },
-        }
 
-    content = results.measure(
-        "figure4",
-        measure,
-        seeds=seeds,
-        config={"rotations": rotations, "dataset": results.PHOTOGRAPHS, "quick": quick},
-        splits=views.splits,
-        out=out,
-        reuse=reuse,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(PhotographOptions):
+    """Draws the photographs along random directions, and tests whether units are more alike."""
+
+    rotations: int = 199
+    """How many random bases to compare the units with."""
+    seeds: int = 5
+    """How many draws of directions, and parts of the units."""
+    TRIAL = trial(seeds=2, rotations=19)
+
+    def load(self) -> Materials:
+        """Loads and cuts the photographs, of a trial eight, shrunk; and computes the features."""
+        views = load_views(self.folder, quick=self.quick)
+        net = load_network()
+        trained, untrained = (
+            pooled_features(one, views.images, (LAYER, INNER)) for one in (net, _untrained(net))
+        )
+        return Materials(views, trained, untrained)
+
+
+def measure(options: Options, materials: Materials, seed: int) -> Row:
+    """What is at the ends of directions, and the rotation test of each case."""
+    key = jax.random.fold_in(jax.random.key(seed), 4)
+    direction_key, noise_key, test_key = jax.random.split(key, 3)
+    phi = materials.trained[LAYER]
+    counted = np.flatnonzero(alive(flat(phi)))
+    cases = {
+        TESTED: _part(flat(phi), seed, options.seeds),
+        UNTRAINED: _part(flat(materials.untrained[LAYER]), seed, options.seeds),
+        "noise": jax.random.normal(noise_key, (len(flat(phi)), 100)),
+    }
+    if seed == 0:
+        cases[f"{INNER}, units"] = _part(flat(materials.trained[INNER]), 0, 1)
+    found = farthest(
+        phi[..., counted],
+        units.random_directions(direction_key, len(counted), len(counted)),
+        [f"direction {i + 1}" for i in range(SHOWN)],
+        materials.views.names,
     )
-    imagenet.save(draw(views, content["runs"][0]["rows"]), out / "figure4.png")
-    results.show("figure4", describe(content), out)
-    return content
+    return {
+        "photographs": phi.shape[0],
+        "views": phi.shape[1],
+        "units": float(_purity_of_units(phi, counted)),
+        **found,
+        "tests": {
+            name: _test(
+                jax.random.fold_in(test_key, i), case, photograph_of(phi), options.rotations
+            )
+            for i, (name, case) in enumerate(cases.items())
+        },
+        "best": thumbnails(materials.views, found["rows"]),
+    }
 
 
-def _untrained(net: nets.Net) -> nets.Net:
+def _untrained(net: networks.Network) -> networks.Network:
     """The same net with parameters as it is initialised with."""
     image = jnp.zeros((32, 32, 3))
     return net._replace(params=jax.jit(net.model.init)(jax.random.key(0), image))
@@ -146,38 +157,33 @@ def _test(
     phi: Float[Array, "n units"],
     photographs: np.ndarray,
     rotations: int,
-) -> results.Row:
+) -> Row:
     """The purity of units beside that of random bases."""
     found = units.rotation_test(key, phi, photographs, k=TOP, rotations=rotations).purity
     return {"units": phi.shape[1], **in_numbers(found)}
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """The figure, the mean purity of directions and of units, and the rotation tests."""
     runs = content["runs"]
     first = runs[0]
-    tests = results.table(
-        (
-            "features",
-            "seeds",
-            "units a seed",
-            "their T",
-            "rotated",
-            "effect",
-            "in deviations",
-            "smallest p",
-            "equivalent, p",
-        ),
-        _lines(content),
+    tests = markdown.table(
+        [
+            ("features", name),
+            ("seeds", str(len(found))),
+            ("units a seed", str(found[0]["units"])),
+            *cells(found),
+        ]
+        for name, found in _by_case(content).items()
     )
-    along = results.percent(results.mean([run["purity"] for run in runs]), 1)
+    along = markdown.percent(statistics.over(runs, "purity"), 1)
     return f"""\
 ![Six photographs for each of four random directions](figure4.png)
 
-{table(first["rows"])}
+{table_of_views(first["rows"])}
 
 "Of one" is the purity of the ten views that go farthest. Its mean over random directions is
-{along}; over all units that count, {results.percent(first["units"], 1)}. There are
+{along}; over all units that count, {markdown.percent(first["units"], 1)}. There are
 {first["photographs"]} photographs, with {first["views"]} views of each.
 
 The rotation test. The last column tests whether the effect is within ±{MARGIN:g}:
@@ -185,78 +191,57 @@ The rotation test. The last column tests whether the effect is within ±{MARGIN:
 {tests}"""
 
 
-def _by_case(content: dict[str, Any]) -> dict[str, list[results.Row]]:
+def _by_case(content: Content) -> dict[str, list[Row]]:
     """What the seeds found of each case, of those that have it."""
-    cases: dict[str, list[results.Row]] = {}
+    cases: dict[str, list[Row]] = {}
     for run in content["runs"]:
         for name, found in run["tests"].items():
             cases.setdefault(name, []).append(found)
     return cases
 
 
-def _equivalence(found: list[results.Row]) -> units.EquivalenceTest | None:
-    """Whether the effect is shown to be too small to matter; None of a single seed."""
-    effects = np.array([one["effect"] for one in found])
-    return _equivalence_test(effects) if len(found) > 1 else None
+def _effect(found: list[Row]) -> str:
+    return markdown.number(statistics.over(found, "effect"), 3)
 
 
-def _effect(found: list[results.Row]) -> str:
-    return results.number(results.mean([one["effect"] for one in found]), 3)
+def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
+    """The best view of each of the photographs that go farthest, a row for each direction."""
+    return {"figure4.png": draw_views(content, arrays)}
 
 
-def _lines(content: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    for name, found in _by_case(content).items():
-        tested = _equivalence(found)
-        yield (
-            name,
-            str(len(found)),
-            str(found[0]["units"]),
-            f"{np.mean([one['identity'] for one in found]):.3f}",
-            f"{np.mean([one['rotated'] for one in found]):.3f}",
-            _effect(found),
-            f"{np.mean([one['effect_size'] for one in found]):+.1f}",
-            f"{min(one['p_value'] for one in found):.3f}",
-            "-" if tested is None else f"{float(tested.p_value):.3f}",
-        )
-
-
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Claim 1 on photographs: directions do as well as units, as far as crops of a few can tell."""
     runs = content["runs"]
     cases = _by_case(content)
     found = cases[TESTED]
     at_random = max(one["rotated"] for one in cases["noise"])
     purities = [run["purity"] for run in runs]
-    tested = _equivalence(found)
+    tested = equivalence(found)
     equivalent = tested is not None and float(tested.p_value) <= ALPHA
-    outside = sum(
-        not low <= one["identity"] <= high
-        for one in found
-        for _, low, high, _ in [one["rotated_quantiles"]]
-    )
+    differ = sum(outside(one) != 0 for one in found)
     few = f"with {runs[0]['views']} views of each of {runs[0]['photographs']} photographs"
     return [
-        results.Claim(
+        Claim(
             "The images farthest along a random direction of a net of ImageNet have something in "
             "common",
             "Figure 4, by eye",
-            f"{few}, {results.percent(results.mean(purities), 1)} of the ten views are of one "
-            f"photograph, along noise {results.percent(at_random, 1)}; what different photographs "
+            f"{few}, {markdown.percent(statistics.mean(purities), 1)} of the ten views are of one "
+            f"photograph, along noise {markdown.percent(at_random, 1)}; what different photographs "
             "share is left to the eye",
             "holds in part" if min(purities) > at_random else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "No distinction between units and random directions in a net of ImageNet",
             "by eye, Figures 3 and 4",
             f"{few}, the purity of units less that of random bases is {_effect(found)}, of a net "
-            f"that was not trained {_effect(cases[UNTRAINED])}; {outside} of {len(found)} sets of "
+            f"that was not trained {_effect(cases[UNTRAINED])}; {differ} of {len(found)} sets of "
             "units are outside the middle 95 % of the rotations; the effect is "
             f"{'' if equivalent else 'not '}shown to be within ±{MARGIN:g}; of other photographs "
             "this says nothing",
             "holds in part"
             if equivalent
             else "does not hold"
-            if outside == len(found)
+            if differ == len(found)
             else "cannot be tested here",
         ),
     ]

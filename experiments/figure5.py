@@ -13,20 +13,27 @@ The time is that of `minimum_norm` of a batch of photographs, compiled before, o
 one value and gradient of the net for that batch.
 """
 
+import dataclasses
 import functools
 import textwrap
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
+from matplotlib.figure import Figure
 
 from advjax import attacks, data, losses, metrics, plots
-from experiments import foolbox_peers, imagenet, nets, paper, results
+from experiments.common import foolbox_peers, markdown, networks, paper
+from experiments.common.claims import Claim, verdict
+from experiments.common.measure import Arrays, Content, Row
+from experiments.common.options import PhotographOptions, trial
+from experiments.common.photographs import OSTRICH, Subjects, load_network, load_subjects
+from experiments.common.timing import vmapped
+from experiments.common.victims import Victims, attack_victims
 
 SHOWN = 6
 START_STEPS = 30
@@ -35,88 +42,68 @@ PEER_STEPS = 300
 STARTED = "`minimum_norm`, decoupled start"
 IMAGE = "`minimum_norm`"
 PAPERS = "`lbfgs`"
+COUNTS = {"success": "success", "alone": "predicted alone", "rounded": "rounded to 8 bits"}
 
 
-def main(
-    *,
-    images: Path | None = None,
-    evals: int = 150,
-    lbfgs_evals: int = 500,
-    peers: bool = True,
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Turns photographs into ostriches by each attack.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(PhotographOptions):
+    """Turns photographs into ostriches by each attack."""
 
-    Args:
-        images: A folder of photographs; the twenty of foolbox by default.
-        evals: The most evaluations of the net that `minimum_norm` may take for a photograph.
-        lbfgs_evals: The same of the paper's attack, which needs more to reach the target.
-        peers: Whether to attack some with foolbox's DDN and Carlini-Wagner, too.
-        out: The folder for the numbers and the figure.
-        quick: Two photographs, shrunk, and few evaluations: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    net = imagenet.load_net()
-    if peers:
-        foolbox_peers.require("foolbox")
-    dataset, chosen = imagenet.load_photographs(net, images, count=2 if quick else None)
-    evals, lbfgs_evals = (20, 20) if quick else (evals, lbfgs_evals)
-    if quick:
-        chosen = chosen._replace(images=chosen.images[:, ::4, ::4])
-    start = attacks.decoupled(num_steps=min(START_STEPS, evals // 2))
-    ways: dict[str, Callable[..., attacks.AttackResult]] = {
-        STARTED: functools.partial(attacks.minimum_norm, rough=True, start=start, max_evals=evals),
-        IMAGE: functools.partial(attacks.minimum_norm, rough=True, max_evals=evals),
-        PAPERS: functools.partial(attacks.lbfgs, max_evals=lbfgs_evals),
+    evals: int = 150
+    """The most evaluations of the net that `minimum_norm` may take for a photograph."""
+    lbfgs_evals: int = 500
+    """The same of the paper's attack, which needs more to reach the target."""
+    no_peers: bool = False
+    """Leave foolbox's DDN and Carlini-Wagner out, which attack some of the photographs too."""
+    TRIAL = trial(evals=20, lbfgs_evals=20)
+
+    def load(self) -> Subjects:
+        """Loads the net and the photographs; of a trial two, shrunk."""
+        net = load_network()
+        if not self.no_peers:
+            foolbox_peers.require("foolbox")
+        count, stride = (2, 4) if self.quick else (None, 1)
+        return load_subjects(net, self.folder, count=count, stride=stride)
+
+
+def measure(options: Options, subjects: Subjects, seed: int) -> Row:
+    """What each attack comes to, and what its evaluations alone take."""
+    net, dataset, chosen = subjects
+    start = attacks.decoupled(num_steps=min(START_STEPS, options.evals // 2))
+    search: dict[str, Any] = {"rough": True, "max_evals": options.evals}
+    ways = {
+        STARTED: attacks.minimum_norm(net.logits_fn, start=start, **search),
+        IMAGE: attacks.minimum_norm(net.logits_fn, **search),
+        PAPERS: attacks.lbfgs(net.logits_fn, max_evals=options.lbfgs_evals),
+    }
+    found = {name: attack_victims(way, chosen, name) for name, way in ways.items()}
+    rows = [
+        {
+            "attack": name,
+            "distortion": result.distortion.tolist(),
+            "success": [bool(x) for x in result.success],
+            "alone": _ostriches(net, result.x_adv),
+            "rounded": _ostriches(net, np.round(255 * result.x_adv) / np.float32(255)),
+            "evals": float(result.num_evals.mean()),
+        }
+        for name, result in found.items()
+    ]
+    few, evals, steps = (1, 3, 12) if options.quick else (PEER_IMAGES, 30, PEER_STEPS)
+    return {
+        "rows": rows,
+        "indices": chosen.indices.tolist(),
+        "photographs": len(dataset.labels),
+        "overhead": _overhead(net, chosen.first(few), evals),
+        "peers": [] if options.no_peers else _peers(net, chosen.first(few), steps),
+        "clean": chosen.images[:SHOWN],
+        "names": _short_names(chosen.labels[:SHOWN]),
+        "adversarial": found[STARTED].x_adv[:SHOWN],
     }
 
-    def measure(seed: int) -> results.Row:
-        found = {name: nets.attack_victims(way, net, chosen) for name, way in ways.items()}
-        imagenet.save(draw(chosen, found[STARTED].x_adv), out / "figure5.png", scale=1)
-        rows = [
-            {
-                "attack": name,
-                "distortion": result.distortion.tolist(),
-                "success": [bool(x) for x in result.success],
-                "alone": _ostriches(net, result.x_adv),
-                "rounded": _ostriches(net, np.round(255 * result.x_adv) / np.float32(255)),
-                "evals": float(result.num_evals.mean()),
-            }
-            for name, result in found.items()
-        ]
-        few = nets.Victims(*(field[: 1 if quick else PEER_IMAGES] for field in chosen))
-        return {
-            "rows": rows,
-            "indices": chosen.indices.tolist(),
-            "photographs": len(dataset.labels),
-            "overhead": _overhead(net, few, 3 if quick else 30),
-            "peers": _peers(net, few, 12 if quick else PEER_STEPS) if peers else [],
-        }
 
-    content = results.measure(
-        "figure5",
-        measure,
-        seeds=1,
-        config={
-            "dataset": results.PHOTOGRAPHS,
-            "evals": evals,
-            "lbfgs_evals": lbfgs_evals,
-            "quick": quick,
-            **({} if peers else {"no_peers": True}),
-        },
-        splits=(dataset,),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("figure5", describe(content), out)
-    return content
-
-
-def _ostriches(net: nets.Net, images: Any) -> list[bool]:
+def _ostriches(net: networks.Network, images: Any) -> list[bool]:
     """Which images are ostriches to the net, each predicted by itself."""
-    return [int(_predict(net.logits_fn, jnp.asarray(x))) == imagenet.OSTRICH for x in images]
+    return [int(_predict(net.logits_fn, jnp.asarray(x))) == OSTRICH for x in images]
 
 
 @jax.jit
@@ -124,28 +111,24 @@ def _predict(logits_fn: jax.tree_util.Partial, image: Array) -> Array:
     return logits_fn(image).argmax()
 
 
-def _overhead(net: nets.Net, chosen: nets.Victims, evals: int) -> float:
+def _overhead(net: networks.Network, chosen: Victims, evals: int) -> float:
     """The time of `minimum_norm`, a batch at once, over that of as many evaluations of the net."""
     xs, targets = jnp.asarray(chosen.images), jnp.asarray(chosen.targets)
 
     def loss(logits_fn, x, target):
         return losses.cross_entropy(logits_fn(x), target)
 
-    def attack(logits_fn, x, target):
-        return attacks.minimum_norm(logits_fn, x, target, rough=True, max_evals=evals)
-
-    evaluate, attack = (
-        jax.jit(jax.vmap(fn, in_axes=(None, 0, 0)))
-        for fn in (jax.value_and_grad(loss, argnums=1), attack)
-    )
+    gradient = jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=1), in_axes=(None, 0, 0)))
+    evaluate = functools.partial(gradient, net.logits_fn)
+    attack = vmapped(attacks.minimum_norm(net.logits_fn, rough=True, max_evals=evals))
 
     def seconds(fn: Callable[..., Any]) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(fn(net.logits_fn, xs, targets))
+        jax.block_until_ready(fn(xs, targets))
         return time.perf_counter() - start
 
     # Compiled before they are timed; a batch takes as many evaluations as its slowest image.
-    spent = int(attack(net.logits_fn, xs, targets).num_evals.max())
+    spent = int(attack(xs, targets).num_evals.max())
     seconds(evaluate)
     # In turns, so that whatever else the machine does falls on both.
     turns = [
@@ -155,12 +138,12 @@ def _overhead(net: nets.Net, chosen: nets.Victims, evals: int) -> float:
     return float(np.median([ours / net_alone for ours, net_alone in turns]))
 
 
-def _peers(net: nets.Net, chosen: nets.Victims, steps: int) -> list[results.Row]:
+def _peers(net: networks.Network, chosen: Victims, steps: int) -> list[Row]:
     """What foolbox's attacks find, and ours with a third of the gradients of DDN."""
     third = steps // 3
     start = attacks.decoupled(num_steps=min(START_STEPS, third // 2))
-    ours = functools.partial(attacks.minimum_norm, rough=True, max_evals=third, start=start)
-    found = nets.attack_victims(ours, net, chosen)
+    ours = attacks.minimum_norm(net.logits_fn, rough=True, max_evals=third, start=start)
+    found = attack_victims(ours, chosen)
     outcomes: dict[str, tuple[Any, Any, Any]] = {
         STARTED: (found.x_adv, found.success, found.num_evals)
     }
@@ -177,44 +160,39 @@ def _peers(net: nets.Net, chosen: nets.Victims, steps: int) -> list[results.Row]
     ]
 
 
-def draw(chosen: nets.Victims, x_adv: Any) -> Any:
-    """Photographs, the differences ten times magnified, and the adversarial images."""
+def _short_names(labels: Int[np.ndarray, " n"]) -> np.ndarray:
+    """What classes are called, in few letters."""
     names = data.imagenet_names()
-    return plots.adversarial_grid(
-        chosen.images[:SHOWN],
-        x_adv[:SHOWN],
-        labels=[textwrap.shorten(names[i], 16, placeholder=" …") for i in chosen.labels[:SHOWN]],
+    return np.array([textwrap.shorten(names[i], 16, placeholder=" …") for i in labels])
+
+
+def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
+    """Photographs, the differences ten times magnified, and the adversarial images."""
+    del content
+    figure = plots.adversarial_grid(
+        arrays["clean"],
+        arrays["adversarial"],
+        labels=arrays["names"],
         magnify=10,
     )
+    return {"figure5.png": figure}
 
 
 # --- words -----------------------------------------------------------------------------------
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """What each attack came to, the starts compared, and the peers on some of the photographs."""
     (run,) = content["runs"]
     rows = {row["attack"]: row for row in run["rows"]}
-    table = results.table(
-        (
-            "attack",
-            "mean distortion",
-            "least",
-            "largest",
-            "success",
-            "predicted alone",
-            "rounded to 8 bits",
-            "gradients",
-        ),
-        (
-            (
-                name,
-                *(f"{value:.6f}" for value in _spread_of(row)),
-                *(f"{sum(row[key])} of {len(row[key])}" for key in ("success", "alone", "rounded")),
-                f"{row['evals']:.0f}",
-            )
-            for name, row in rows.items()
-        ),
+    table = markdown.table(
+        [
+            ("attack", name),
+            *_distortions(row),
+            *((heading, f"{sum(row[key])} of {len(row[key])}") for key, heading in COUNTS.items()),
+            ("gradients", f"{row['evals']:.0f}"),
+        ]
+        for name, row in rows.items()
     )
     started, image = (np.array(rows[name]["distortion"]) for name in (STARTED, IMAGE))
     nearer = np.maximum(started, image) / np.minimum(started, image) - 1
@@ -222,34 +200,31 @@ def describe(content: dict[str, Any]) -> str:
         f"{len(run['indices'])} of {run['photographs']} photographs are right and no ostrich.",
         table,
         f"The decoupled start ends nearer on {sum(started < image)} of {len(started)}; spread: "
-        f"{results.percent(float(nearer.mean()), 1)} on average, "
-        f"{results.percent(float(nearer.max()), 1)} at most. `minimum_norm` takes "
+        f"{markdown.percent(float(nearer.mean()), 1)} on average, "
+        f"{markdown.percent(float(nearer.max()), 1)} at most. `minimum_norm` takes "
         f"{run['overhead']:.2f} times as long as its evaluations of the net alone.",
     ]
     if run["peers"]:
-        compared = results.table(
-            ("attack", "mean distortion", "least", "largest", "gradients"),
-            (
-                (
-                    row["attack"],
-                    *(f"{value:.6f}" for value in _spread_of(row)),
-                    f"{row['evals']:.0f}",
-                )
-                for row in run["peers"]
-            ),
+        compared = markdown.table(
+            [
+                ("attack", row["attack"]),
+                *_distortions(row),
+                ("gradients", f"{row['evals']:.0f}"),
+            ]
+            for row in run["peers"]
         )
         few = len(run["peers"][0]["distortion"])
         parts.append(f"On {few} of them, with fewer evaluations, beside foolbox's:\n\n{compared}")
-    parts.append(f"![Photographs that become ostriches]({content['experiment']}.png)")
+    parts.append("![Photographs that become ostriches](figure5.png)")
     return "\n\n".join(parts)
 
 
-def _spread_of(row: results.Row) -> tuple[float, float, float]:
-    values = np.array(row["distortion"])
-    return float(values.mean()), float(values.min()), float(values.max())
+def _distortions(row: Row) -> Iterator[tuple[str, str]]:
+    for heading, reduce in (("mean distortion", np.mean), ("least", np.min), ("largest", np.max)):
+        yield heading, f"{reduce(row['distortion']):.6f}"
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Photographs become ostriches by distortions that nobody sees."""
     (run,) = content["runs"]
     parts = [
@@ -258,11 +233,11 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
         for row in run["rows"]
     ]
     return [
-        results.Claim(
+        Claim(
             "Photographs become ostriches for a large net by distortions that are hard to see",
             f"Figure 5: AlexNet, mean distortion {paper.FIGURE5_DISTORTION}",
             "EfficientNet-Lite0: " + "; ".join(parts),
-            results.verdict(
+            verdict(
                 all(row["alone"]) and max(row["distortion"]) < paper.FIGURE5_DISTORTION
                 for row in run["rows"]
             ),

@@ -18,18 +18,23 @@ Some that it judges right are attacked with `minimum_norm`: cars shall go unnoti
 paper, and all else be taken for a car. The control is Gaussian noise of the same RMS.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+from matplotlib.figure import Figure
 
 from advjax import attacks, data, plots, solvers, transfer
-from experiments import imagenet, nets, results
+from experiments.common import markdown, networks
+from experiments.common.claims import Claim
+from experiments.common.measure import Arrays, Content, Row, grouped
+from experiments.common.options import PhotographOptions, trial
+from experiments.common.photographs import load_network
 
 CARS = (436, 468, 511, 609, 627, 656, 661, 717, 751, 817)
 """ImageNet's classes of cars: beach wagon, taxi, convertible, jeep, limousine, minivan, Model T,
@@ -42,92 +47,86 @@ SHOWN = 4  # photographs in the figure
 MAGNIFY = 50.0  # what differences are multiplied by there
 
 
-def main(
-    *,
-    images: Path | None = None,
-    count: int = 20,
-    attacked: int = 8,
-    seeds: int = 1,
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Trains a car detector on frozen features, and misleads it.
+class Subjects(NamedTuple):
+    """A net, and photographs some of which show a car."""
 
-    Args:
-        images: A folder of photographs, whose names or folders tell ImageNet's class, two of them
-            at least of cars and two of other things; foolbox's twenty by default.
-        count: How many photographs to learn from and to judge, at most.
-        attacked: How many of those that are judged right to attack, at most: cars first.
-        seeds: How many times to draw crops, to train and to attack.
-        out: The folder for the figure and the numbers.
-        quick: A few crops, photographs and steps: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    photographs = data.load_photographs(folder=images, count=count)
-    cars = np.isin(photographs.labels, CARS)
-    if min(np.sum(cars), np.sum(~cars)) < 2 or np.any(photographs.labels < 0):
-        raise ValueError(
-            f"images: {np.sum(cars)} photographs of cars and {np.sum(~cars)} others in "
-            f"{photographs.source}, expected two of each at least, all with ImageNet's class in "
-            "their names."
-        )
-    net = imagenet.load_net()
-    crops, evaluations, attacked = (2, 12, 3) if quick else (9, 150, attacked)
+    net: networks.Network
+    photographs: data.Dataset
+    cars: Bool[np.ndarray, " n"]
 
-    def measure(seed: int) -> results.Row:
-        crop_key, noise_key = jax.random.split(jax.random.key(seed))
-        print("Training the detectors", flush=True)
-        shown = views(crop_key, jnp.asarray(photographs.images), crops)
-        features = _features(net, shown.reshape(-1, *shown.shape[2:]))
-        detectors = leave_one_out(features.reshape(*shown.shape[:2], -1), jnp.asarray(cars))
-        leads = np.asarray(_leads(net, detectors, photographs.images))
-        # Cars first, as they are the paper's case and the figure's first columns.
-        right = sorted(np.flatnonzero((leads > 0) == cars), key=lambda i: not cars[i])[:attacked]
-        print(f"Attacking {len(right)} of {len(cars)} photographs", flush=True)
-        chosen = jax.tree.map(lambda leaf: leaf[np.array(right)], detectors)
-        clean, targets = photographs.images[right], (~cars[right]).astype(np.int32)
-        found = jax.device_get(_attack(net, chosen, clean, targets, evaluations))
-        noise_keys = jax.random.split(noise_key, len(right))
-        noise = jax.vmap(functools.partial(transfer.gaussian, box=(0, 1)))
-        noisy = noise(noise_keys, clean, found.distortion)
-        noisy_leads = np.asarray(_leads(net, chosen, noisy))
-        if seed == 0:
-            _draw(clean, found, targets).savefig(out / "figure6.png")
-        return {
-            "rows": [
-                {"label": int(label), "car": bool(car), "lead": float(lead)}
-                for label, car, lead in zip(photographs.labels, cars, leads, strict=True)
-            ],
-            "attacked": [
-                {
-                    "photograph": int(i),
-                    "car": bool(cars[i]),
-                    "misled": bool(found.success[k]),
-                    "distortion": float(found.distortion[k]),
-                    "evaluations": int(found.num_evals[k]),
-                    "misled_by_noise": bool((noisy_leads[k] > 0) != cars[i]),
-                }
-                for k, i in enumerate(right)
-            ],
-        }
+    @property
+    def splits(self) -> tuple[data.Dataset, ...]:
+        """What is measured on."""
+        return (self.photographs,)
 
-    content = results.measure(
-        "figure6",
-        measure,
-        seeds=seeds,
-        config={
-            "count": count,
-            "attacked": attacked,
-            "dataset": results.PHOTOGRAPHS,
-            "quick": quick,
-        },
-        splits=(photographs,),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("figure6", describe(content), out)
-    return content
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(PhotographOptions):
+    """Trains a car detector on frozen features, and misleads it."""
+
+    count: int = 20
+    """How many photographs to learn from and to judge, at most: two at least of cars, and two of
+    other things."""
+    attacked: int = 8
+    """How many of those that are judged right to attack, at most: cars first."""
+    seeds: int = 1
+    """How many times to draw crops, to train and to attack."""
+    TRIAL = trial(attacked=3)
+
+    def load(self) -> Subjects:
+        """Loads the photographs and the net."""
+        photographs = data.load_photographs(folder=self.folder, count=self.count)
+        cars = np.isin(photographs.labels, CARS)
+        if min(np.sum(cars), np.sum(~cars)) < 2 or np.any(photographs.labels < 0):
+            raise ValueError(
+                f"folder: {np.sum(cars)} photographs of cars and {np.sum(~cars)} others in "
+                f"{photographs.source}, expected two of each at least, all with ImageNet's class "
+                "in their names."
+            )
+        return Subjects(load_network(), photographs, cars)
+
+
+def measure(options: Options, subjects: Subjects, seed: int) -> Row:
+    """What the detectors make of the photographs, and how far they are to be misled."""
+    net, photographs, cars = subjects
+    crops, evaluations = (2, 12) if options.quick else (9, 150)
+    crop_key, noise_key = jax.random.split(jax.random.key(seed))
+    print("Training the detectors", flush=True)
+    shown = views(crop_key, jnp.asarray(photographs.images), crops)
+    features = _features(net, shown.reshape(-1, *shown.shape[2:]))
+    detectors = leave_one_out(features.reshape(*shown.shape[:2], -1), jnp.asarray(cars))
+    leads = np.asarray(_leads(net, detectors, photographs.images))
+    # Cars first, as they are the paper's case and the figure's first columns.
+    right = sorted(np.flatnonzero((leads > 0) == cars), key=lambda i: not cars[i])
+    right = right[: options.attacked]
+    print(f"Attacking {len(right)} of {len(cars)} photographs", flush=True)
+    chosen = jax.tree.map(lambda leaf: leaf[np.array(right)], detectors)
+    clean, targets = photographs.images[right], (~cars[right]).astype(np.int32)
+    found = jax.device_get(_attack(net, chosen, clean, targets, evaluations))
+    noise_keys = jax.random.split(noise_key, len(right))
+    noise = jax.vmap(functools.partial(transfer.gaussian, box=(0, 1)))
+    noisy_leads = np.asarray(_leads(net, chosen, noise(noise_keys, clean, found.distortion)))
+    return {
+        "rows": [
+            {"label": int(label), "car": bool(car), "lead": float(lead)}
+            for label, car, lead in zip(photographs.labels, cars, leads, strict=True)
+        ],
+        "attacked": [
+            {
+                "photograph": int(i),
+                "car": bool(cars[i]),
+                "misled": bool(found.success[k]),
+                "distortion": float(found.distortion[k]),
+                "evaluations": int(found.num_evals[k]),
+                "misled_by_noise": bool((noisy_leads[k] > 0) != cars[i]),
+            }
+            for k, i in enumerate(right)
+        ],
+        "clean": clean[:SHOWN],
+        "adversarial": found.x_adv[:SHOWN],
+        "targets": targets[:SHOWN],
+        "predictions": found.prediction[:SHOWN],
+    }
 
 
 # --- the detector ----------------------------------------------------------------------------
@@ -197,7 +196,7 @@ def leave_one_out(features: Float[Array, "n views features"], cars: Bool[Array, 
     return jax.vmap(functools.partial(fit, features, cars))(others)
 
 
-def _pooled(net: nets.Net) -> jax.tree_util.Partial:
+def _pooled(net: networks.Network) -> jax.tree_util.Partial:
     """The features of one image, a pytree as `Net.logits_fn` is."""
     return jax.tree_util.Partial(functools.partial(_pooled_of, net.model), net.params)
 
@@ -206,17 +205,17 @@ def _pooled_of(model: Any, params: Any, image: Float[Array, "height width 3"]) -
     return model.apply(params, image, method="layers")["pooled"]
 
 
-def _features(net: nets.Net, images: Any) -> Float[Array, "n features"]:
+def _features(net: networks.Network, images: Any) -> Float[Array, "n features"]:
     return jax.jit(jax.lax.map)(_pooled(net), images)
 
 
-def _leads(net: nets.Net, detectors: Detector, images: Any) -> Float[Array, " n"]:
+def _leads(net: networks.Network, detectors: Detector, images: Any) -> Float[Array, " n"]:
     """Each photograph's logit of a car, by its own detector."""
     return jax.vmap(Detector.lead)(detectors, _features(net, images))
 
 
 def _attack(
-    net: nets.Net,
+    net: networks.Network,
     detectors: Detector,
     images: Float[np.ndarray, "n height width 3"],
     targets: Int[np.ndarray, " n"],
@@ -233,42 +232,51 @@ def _attack(
                 lead = detector.lead(pooled(x))
                 return jnp.stack([jnp.zeros_like(lead), lead])
 
-            return attacks.minimum_norm(logits_fn, image, target, rough=True, max_evals=max_evals)
+            return attacks.minimum_norm(logits_fn, rough=True, max_evals=max_evals)(image, target)
 
         return jax.lax.map(one, several)
 
     return every(_pooled(net), detectors, images, targets)
 
 
-def _draw(
-    clean: Float[np.ndarray, "n height width 3"],
-    found: attacks.AttackResult,
-    targets: Int[np.ndarray, " n"],
-) -> Any:
-    return plots.adversarial_grid(
-        clean[:SHOWN],
-        found.x_adv[:SHOWN],
-        labels=[NAMES[1 - target] for target in targets[:SHOWN]],
-        predictions=[NAMES[prediction] for prediction in found.prediction[:SHOWN]],
+def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
+    """Photographs, the differences magnified, and what misleads the detector."""
+    del content
+    figure = plots.adversarial_grid(
+        arrays["clean"],
+        arrays["adversarial"],
+        labels=[NAMES[1 - target] for target in arrays["targets"]],
+        predictions=[NAMES[prediction] for prediction in arrays["predictions"]],
         magnify=MAGNIFY,
     )
+    return {"figure6.png": figure}
 
 
 # --- words -----------------------------------------------------------------------------------
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """The figure, the detector's held-out errors, and how far the photographs were distorted."""
-    errors = results.table(
-        ("photographs of", "how many", "held out, judged wrong"),
-        (
-            (name, f"{len(rows)}", f"{sum((row['lead'] > 0) != row['car'] for row in rows)}")
-            for name, rows in _by_kind(content, "rows")
-        ),
+    errors = markdown.table(
+        [
+            ("photographs of", name),
+            ("how many", f"{len(rows)}"),
+            ("held out, judged wrong", f"{sum((row['lead'] > 0) != row['car'] for row in rows)}"),
+        ]
+        for name, rows in _by_kind(content, "rows")
     )
-    attacked = results.table(
-        ("from", "attacked", "misled", "mean RMS", "least", "largest", "gradients", "by noise"),
-        (tuple(_attacked(name, rows)) for name, rows in _by_kind(content, "attacked")),
+    attacked = markdown.table(
+        [
+            ("from", name),
+            ("attacked", f"{len(rows)}"),
+            ("misled", f"{sum(row['misled'] for row in rows)}"),
+            ("mean RMS", f"{np.mean([row['distortion'] for row in rows]):.5f}"),
+            ("least", f"{min(row['distortion'] for row in rows):.5f}"),
+            ("largest", f"{max(row['distortion'] for row in rows):.5f}"),
+            ("gradients", f"{np.mean([row['evaluations'] for row in rows]):.0f}"),
+            ("by noise", f"{sum(row['misled_by_noise'] for row in rows)}"),
+        ]
+        for name, rows in _by_kind(content, "attacked")
     )
     return f"""\
 ![Photographs, what was added to them, and what the detector is misled by](figure6.png)
@@ -282,25 +290,14 @@ Differences are magnified {MAGNIFY:g} times. RMS is over pixels in [0, 1].
 "by noise" counts those that Gaussian noise of the same RMS misleads the detector about."""
 
 
-def _attacked(name: str, rows: list[results.Row]) -> Iterator[str]:
-    distortions = [row["distortion"] for row in rows]
-    yield name
-    yield f"{len(rows)}"
-    yield f"{sum(row['misled'] for row in rows)}"
-    for reduce in (np.mean, np.min, np.max):
-        yield f"{reduce(distortions):.5f}"
-    yield f"{np.mean([row['evaluations'] for row in rows]):.0f}"
-    yield f"{sum(row['misled_by_noise'] for row in rows)}"
-
-
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """That the stand-in is misled, by less than noise would take."""
     rows = [row for run in content["runs"] for row in run["attacked"]]
     misled, by_noise = (sum(row[by] for row in rows) for by in ("misled", "misled_by_noise"))
     rms = np.mean([row["distortion"] for row in rows]) if rows else np.nan
     borne_out = bool(rows) and misled > 0.9 * len(rows) and by_noise < misled / 2
     return [
-        results.Claim(
+        Claim(
             "A detector on the features of a large unsupervised net is misled too",
             "Figure 6, QuocNet",
             f"QuocNet was never published; a car detector on EfficientNet-Lite0's features is "
@@ -311,9 +308,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     ]
 
 
-def _by_kind(content: dict[str, Any], what: str) -> Iterator[tuple[str, list[results.Row]]]:
+def _by_kind(content: Content, what: str) -> Iterator[tuple[str, list[Row]]]:
     """The rows of all seeds, cars first; of a kind that has any."""
-    for car in (True, False):
-        rows = [row for run in content["runs"] for row in run[what] if row["car"] == car]
-        if rows:
-            yield NAMES[car], rows
+    for car, rows in sorted(grouped(content, "car", within=what).items(), reverse=True):
+        yield NAMES[car], rows

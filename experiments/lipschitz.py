@@ -14,24 +14,27 @@ those to the nearest image of any other class, and 0 for an image that a net get
 certificates are those of pairs.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
+from matplotlib.figure import Figure
 
 from advjax import attacks, data, lipschitz, metrics, training
-from experiments import nets, results
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from experiments.common import markdown, networks, statistics
+from experiments.common.claims import Claim, verdict
+from experiments.common.measure import Arrays, Content, Row, grouped
+from experiments.common.options import DigitOptions, Digits, trial
+from experiments.common.victims import Victims, attack_every_class, random_victims
 
 NET = "FC100-100-10"
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
+TRAINING = ("net", "decay", "strength")
 RADIUS = 0.3
 """In L2, at which certified and withstood shares are counted."""
 
@@ -66,70 +69,44 @@ SWEEPS = {
 }
 
 
-def main(
-    *,
-    images: int = 1000,
-    seeds: int = 3,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Holds certificates against attacks, and trains nets with a penalty on their bounds.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DigitOptions):
+    """Holds certificates against attacks, and trains nets with a penalty on their bounds."""
 
-    Args:
-        images: How many test images to attack in (a).
-        seeds: How many times to train and to draw.
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the numbers and the figure.
-        quick: A net that is hardly trained, two strengths, one seed, on the sample: a minute.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    images, seeds = (48, 1) if quick else (images, seeds)
-    sweeps = {NET: Sweep((0, 1e-1), (0,), steps=100, images=12)} if quick else SWEEPS
+    images: int = 1000
+    """How many test images to attack in (a)."""
+    seeds: int = 3
+    TRIAL = trial(images=48, seeds=1)
+    TRIAL_STEPS = 100
 
-    def measure(seed: int) -> results.Row:
-        key = jax.random.key(seed)
-        chosen = nets.random_victims(key, test, images)
-        net = nets.load_or_train(
-            NET, train.images, train.labels, key=key, steps=100 if quick else None
-        )
-        sandwich, radii, distances = _sandwich(net, chosen)
-        if seed == 0:
-            draw(radii, distances).savefig(out / "lipschitz.png")
-        trainings = [
-            _train_and_measure(name, decay, strength, sweep.steps, key, train, test, few)
-            for name, sweep in sweeps.items()
-            if name == NET or seed == 0
-            for few in [nets.Victims(*(field[: sweep.images] for field in chosen))]
-            for decay, strengths in ((False, sweep.alone), (True, sweep.decayed))
-            for strength in strengths
-        ]
-        return {"sandwich": sandwich, "trainings": trainings}
+    @property
+    def sweeps(self) -> dict[str, Sweep]:
+        """The trainings of each net in part (b)."""
+        return {NET: Sweep((0, 1e-1), (0,), steps=100, images=12)} if self.quick else SWEEPS
 
-    content = results.measure(
-        "lipschitz",
-        measure,
-        seeds=seeds,
-        config={"images": images, "dataset": dataset, "quick": quick},
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("lipschitz", describe(content), out)
-    return content
+
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """Certificates beside attacks, and what each training gives."""
+    key = jax.random.key(seed)
+    chosen = random_victims(key, digits.test, options.images)
+    net = networks.load_or_train(key, NET, digits.train, steps=options.steps)
+    sandwich, radii, distances = _sandwich(net, chosen)
+    trainings = [
+        _train_and_measure(name, decay, strength, sweep, key, digits, chosen)
+        for name, sweep in options.sweeps.items()
+        if name == NET or seed == 0
+        for decay, strengths in ((False, sweep.alone), (True, sweep.decayed))
+        for strength in strengths
+    ]
+    return {"sandwich": sandwich, "trainings": trainings, **radii, **distances}
 
 
 # --- certificates and attacks ----------------------------------------------------------------
 
 
 def _sandwich(
-    net: nets.Net, chosen: nets.Victims
-) -> tuple[results.Row, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    net: networks.Network, chosen: Victims
+) -> tuple[Row, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What is certified and found, in numbers and for each image that the net gets right."""
     logits_fn, images, labels = net.logits_fn, jnp.asarray(chosen.images), chosen.labels
     logits = jax.vmap(logits_fn)(images)
@@ -143,7 +120,7 @@ def _sandwich(
     *_, pairs = radii.values()
     local = [_local_radii(logits_fn, images[right], labels[right], k * pairs) for k in NEAR]
     radii[LOCAL] = np.max([pairs, *local], axis=0)
-    distances = {attack.__name__: _distances(attack, net, chosen)[right] for attack in ATTACKS}
+    distances = {make.__name__: _distances(make(logits_fn), chosen)[right] for make in ATTACKS}
     nearest = np.minimum(*distances.values())
     rows = [
         {
@@ -188,17 +165,18 @@ def _local_radii(
     return jax.lax.map(lambda each: radius(*each), (images, labels, within), batch_size=100)
 
 
-def _distances(attack: Any, net: nets.Net, chosen: nets.Victims) -> Float[np.ndarray, " n"]:
+def _distances(attack: attacks.Attack, chosen: Victims) -> Float[np.ndarray, " n"]:
     """In L2, that of the nearest image of any other class that an attack finds."""
-    found = nets.attack_every_class(attack, net, chosen)
+    found = attack_every_class(attack, chosen)
     l2 = found.distortion * math.sqrt(math.prod(chosen.images.shape[1:]))
     return np.where(found.success, l2, np.inf)
 
 
-def draw(radii: dict[str, np.ndarray], distances: dict[str, np.ndarray]) -> "Figure":
+def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
     """Each image's radii against its distance, and the share of images that each leaves beyond."""
-    from matplotlib.figure import Figure
-
+    sandwich = content["runs"][0]["sandwich"]
+    radii = {row["by"]: arrays[row["by"]] for row in sandwich["certified"]}
+    distances = {row["by"]: arrays[row["by"]] for row in sandwich["found"]}
     figure = Figure(figsize=(8, 4.4), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     nearest = distances["minimum_norm"]
@@ -237,7 +215,7 @@ def draw(radii: dict[str, np.ndarray], distances: dict[str, np.ndarray]) -> "Fig
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    return {"lipschitz.png": figure}
 
 
 # --- training with the penalty ---------------------------------------------------------------
@@ -247,26 +225,25 @@ def _train_and_measure(
     name: str,
     decay: bool,
     strength: float,
-    steps: int,
+    sweep: Sweep,
     key: Key[Array, ""],
-    train: data.Dataset,
-    test: data.Dataset,
-    chosen: nets.Victims,
-) -> results.Row:
+    digits: Digits,
+    chosen: Victims,
+) -> Row:
     print(f"{name}, {_regularizer(decay, strength)}: training", flush=True)
-    net = _train(name, decay, strength, steps, key, train)
-    logits_fn = net.logits_fn
+    net = _train(name, decay, strength, sweep.steps, key, digits.train)
+    logits_fn, test = net.logits_fn, digits.test
     logits = jax.vmap(logits_fn)(test.images)
     pairs = lipschitz.pairwise(logits_fn, test.images[0])
     radii = jax.vmap(lipschitz.certified_radius, in_axes=(0, 0, None))(logits, test.labels, pairs)
-    near = _distances(attacks.minimum_norm, net, chosen)
+    near = _distances(attacks.minimum_norm(logits_fn), chosen.first(sweep.images))
     return {
         "net": name,
         "decay": decay,
         "strength": strength,
         "bound": float(lipschitz.bound(logits_fn, test.images[0]).constant),
-        "train_error": metrics.error_rate(logits_fn, train.images, train.labels),
-        "test_error": metrics.error_rate(logits_fn, test.images, test.labels),
+        "train_error": metrics.error_rate(logits_fn, *digits.train[:2]),
+        "test_error": metrics.error_rate(logits_fn, *test[:2]),
         "distance": float(near.mean()),
         "withstood": int(np.sum(near > RADIUS)),
         "attacked": len(near),
@@ -282,12 +259,12 @@ def _train(
     steps: int,
     key: Key[Array, ""],
     train: data.Dataset,
-) -> nets.Net:
+) -> networks.Network:
     """A net trained by its recipe, but for what its parameters are held back with."""
-    recipe = nets.RECIPES[name]
+    recipe = networks.RECIPES[name]
     apply = recipe.model.apply
     init_key, order_key = jax.random.split(key)
-    fitted = nets.fit(
+    fitted = networks.fit(
         recipe,
         apply,
         recipe.model.init(init_key, train.images[0]),
@@ -298,53 +275,47 @@ def _train(
         before=training.lipschitz_penalty(strength, apply, train.images[0]) if strength else None,
         penalty=training.weight_decay(recipe.weight_decay) if decay else None,
     )
-    return nets.Net(name, recipe.model, fitted.params)
+    return networks.Network(name, recipe.model, fitted.params)
 
 
 # --- words -----------------------------------------------------------------------------------
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """The radii beside the distances, and a row for each training."""
     runs = [run["sandwich"] for run in content["runs"]]
     right = sum(run["right"] for run in runs)
-    radii = results.table(
-        ("bound", "constant", "mean radius", "of the distance", "violations"),
-        (
-            (
-                rows[0]["by"],
-                "-" if rows[0]["constant"] is None else _over(rows, "constant", 2),
-                _over(rows, "radius", 4),
-                results.percent(results.mean([row["share_of_distance"] for row in rows]), 1),
-                f"{sum(row['violations'] for row in rows)}",
-            )
-            for rows in zip(*(run["certified"] for run in runs), strict=True)
-        ),
+    radii = markdown.table(
+        [
+            ("bound", name),
+            ("constant", "-" if rows[0]["constant"] is None else _over(rows, "constant", 2)),
+            ("mean radius", _over(rows, "radius", 4)),
+            ("of the distance", markdown.percent(statistics.over(rows, "share_of_distance"), 1)),
+            ("violations", f"{sum(row['violations'] for row in rows)}"),
+        ]
+        for name, rows in grouped({"runs": runs}, "by", within="certified").items()
     )
-    distances = results.table(
-        ("attack", "mean distance", "nearer than the other", "failed"),
-        (
-            (
-                f"`{rows[0]['by']}`",
-                _over(rows, "distance", 4),
-                f"{sum(row['nearer'] for row in rows):,}",
-                f"{sum(row['failed'] for row in rows):,}",
-            )
-            for rows in zip(*(run["found"] for run in runs), strict=True)
-        ),
+    distances = markdown.table(
+        [
+            ("attack", f"`{name}`"),
+            ("mean distance", _over(rows, "distance", 4)),
+            ("nearer than the other", f"{sum(row['nearer'] for row in rows):,}"),
+            ("failed", f"{sum(row['failed'] for row in rows):,}"),
+        ]
+        for name, rows in grouped({"runs": runs}, "by", within="found").items()
     )
-    trainings = results.table(
-        (
-            "net",
-            "held back by",
-            "bound",
-            "train error, %",
-            "test error, %",
-            "distance",
-            f"withstand {RADIUS:g}",
-            f"certified at {RADIUS:g}",
-        ),
-        _trainings(content),
+    trainings = markdown.table(
+        [
+            ("net", name),
+            ("held back by", _regularizer(decay, strength)),
+            ("bound", _over(rows, "bound", 1)),
+            ("train error, %", _over(rows, "train_error", 2, scale=100)),
+            ("test error, %", _over(rows, "test_error", 2, scale=100)),
+            ("distance", _over(rows, "distance", 3)),
+            (f"withstand {RADIUS:g}", markdown.percent(_part(rows, "withstood", "attacked"), 1)),
+            (f"certified at {RADIUS:g}", markdown.percent(_part(rows, "certified", "tested"), 1)),
+        ]
+        for (name, decay, strength), rows in grouped(content, *TRAINING, within="trainings").items()
     )
     return f"""\
 (a) Radii and distances in L2, of {right:,} images that the nets get right. A violation is an image
@@ -368,97 +339,71 @@ def _regularizer(decay: bool, strength: float) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def _over(rows: Sequence[results.Row], what: str, digits: int) -> str:
-    return results.number(results.mean([row[what] for row in rows]), digits)
+def _over(rows: Sequence[Row], what: str, digits: int, *, scale: float = 1) -> str:
+    return markdown.number(statistics.over(rows, what, scale=scale), digits)
 
 
-def _trainings(content: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    for (name, decay, strength), rows in _by_training(content).items():
-        yield (
-            name,
-            _regularizer(decay, strength),
-            _over(rows, "bound", 1),
-            *(
-                results.number(results.mean([100 * row[what] for row in rows]), 2)
-                for what in ("train_error", "test_error")
-            ),
-            _over(rows, "distance", 3),
-            *(
-                results.percent(
-                    results.share([row[part] for row in rows], [row[whole] for row in rows]), 1
-                )
-                for part, whole in (("withstood", "attacked"), ("certified", "tested"))
-            ),
-        )
+def _part(rows: Sequence[Row], part: str, whole: str) -> statistics.Estimate:
+    return statistics.fraction([row[part] for row in rows], [row[whole] for row in rows])
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Small bounds guarantee that there are no adversarial images; penalising them may help."""
     sandwiches = [run["sandwich"] for run in content["runs"]]
     violations = sum(row["violations"] for run in sandwiches for row in run["certified"])
     tightest = [run["certified"][-1]["share_of_distance"] for run in sandwiches]
     loosest = [run["certified"][0]["share_of_distance"] for run in sandwiches]
-    sweeps: dict[bool, dict[float, list[results.Row]]] = {False: {}, True: {}}
-    for (name, decay, strength), rows in _by_training(content).items():
+    sweeps: dict[bool, dict[float, list[Row]]] = {False: {}, True: {}}
+    for (name, decay, strength), rows in grouped(content, *TRAINING, within="trainings").items():
         if name == NET:
             sweeps[decay][strength] = rows
     alone, decayed = (_change(sweep) for sweep in sweeps.values())
     helps = [change.high < 0 for _, change in (alone, decayed) if change is not None]
     nothing, penalised = sweeps[False][0], sweeps[False][max(sweeps[False])]
+    before, after = (
+        markdown.percent(_part(rows, "certified", "tested"), 1) for rows in (nothing, penalised)
+    )
     farther = [b["distance"] / a["distance"] for a, b in zip(nothing, penalised, strict=True)]
     return [
-        results.Claim(
+        Claim(
             "Small bounds guarantee that there are no adversarial images nearby",
             "stated",
             f"{violations} of {sum(run['right'] for run in sandwiches):,} images within any of "
-            f"the certified radii, which reach {results.percent(float(np.mean(loosest)), 1)} "
-            f"(product) to {results.percent(float(np.mean(tightest)), 1)} (pairs, near each "
+            f"the certified radii, which reach {markdown.percent(float(np.mean(loosest)), 1)} "
+            f"(product) to {markdown.percent(float(np.mean(tightest)), 1)} (pairs, near each "
             "image) of the way to the nearest",
             "holds" if not violations else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "Penalising the bound of each layer might improve the generalisation error",
             "suggested, not tested",
             f"{NET}: "
             + "; ".join(
                 f"{beside} the best of the strengths tried, {best:g}, changes the test error by "
-                f"{results.number(change, 2)} points"
+                f"{markdown.number(change, 2)} points"
                 for (best, change), beside in ((alone, "alone"), (decayed, "beside weight decay"))
                 if change is not None
             ),
-            results.verdict(helps),
+            verdict(helps),
         ),
-        results.Claim(
+        Claim(
             "It might make adversarial images farther",
             "suggested, not tested",
             f"{NET}: with {max(sweeps[False]):g} the nearest are "
-            f"{results.number(results.mean(farther), 2)} times as far as with nothing, and "
-            f"{results.percent(_certified(penalised), 1)} of the images are certified at "
-            f"{RADIUS:g} instead of {results.percent(_certified(nothing), 1)}",
+            f"{markdown.number(statistics.mean(farther), 2)} times as far as with nothing, and "
+            f"{after} of the images are certified at {RADIUS:g} instead of {before}",
             "holds" if min(farther) > 1 else "does not hold",
         ),
     ]
 
 
 def _change(
-    sweep: dict[float, list[results.Row]],
-) -> tuple[float, results.Estimate | None]:
+    sweep: dict[float, list[Row]],
+) -> tuple[float, statistics.Estimate | None]:
     """The strength of the least test error, and by how many points it changes it."""
     errors = {strength: [row["test_error"] for row in rows] for strength, rows in sweep.items()}
     best = min((s for s in errors if s), key=lambda s: np.mean(errors[s]), default=0.0)
     if not best:
         return best, None
     changes = [100 * (b - a) for a, b in zip(errors[0], errors[best], strict=True)]
-    return best, results.mean(changes)
-
-
-def _certified(rows: Sequence[results.Row]) -> results.Estimate:
-    return results.share([row["certified"] for row in rows], [row["tested"] for row in rows])
-
-
-def _by_training(content: dict[str, Any]) -> dict[tuple[str, bool, float], list[results.Row]]:
-    found: dict[tuple[str, bool, float], list[results.Row]] = {}
-    for run in content["runs"]:
-        for row in run["trainings"]:
-            found.setdefault((row["net"], row["decay"], row["strength"]), []).append(row)
-    return found
+    return best, statistics.mean(changes)

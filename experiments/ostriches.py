@@ -15,7 +15,7 @@ A rate counts the photographs that the column's net had right. Rates between two
 against noise is a sign test, one-sided, of how many other nets each photograph misled.
 """
 
-import functools
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,12 @@ import scipy.stats
 from jaxtyping import Array, Bool, Float, PyTree
 
 from advjax import attacks, metrics, models, transfer
-from experiments import imagenet, nets, results
+from experiments.common import markdown, networks, statistics
+from experiments.common.claims import Claim
+from experiments.common.measure import Content, Row, grouped
+from experiments.common.options import PhotographOptions, trial
+from experiments.common.photographs import OSTRICH, Subjects, load_network, load_subjects, predict
+from experiments.common.victims import Victims, attack_victims
 
 SIZES = (192, 160)  # pixels
 RMS = (0.005, 0.01, 0.02)
@@ -35,79 +40,57 @@ TESTED = 0.01  # the RMS of the claim
 ALEXNET = "AlexNet"
 
 
-def main(
-    *,
-    images: Path | None = None,
-    count: int = 20,
-    weights: Path | None = None,
-    seeds: int = 1,
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Makes ostriches for each net, and shows them to the others.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(PhotographOptions):
+    """Makes ostriches for each net, and shows them to the others."""
 
-    Args:
-        images: A folder of photographs; foolbox's twenty by default.
-        count: How many photographs to attack at most, the first that EfficientNet-Lite0 has right.
-        weights: A file of torchvision's AlexNet, of PyTorch or safetensors, to join the nets.
-        seeds: How many times to draw noise.
-        out: The folder for the numbers.
-        quick: Two nets, two photographs and a few steps: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    net = imagenet.load_net()
-    sizes, photographs, evaluations = (SIZES[1:], 2, 12) if quick else (SIZES, count, 100)
-    dataset, chosen = imagenet.load_photographs(net, images, count=photographs)
-    attack = functools.partial(
-        attacks.minimum_norm,
-        rough=True,
-        start=attacks.decoupled(num_steps=min(30, evaluations // 2)),
-        max_evals=evaluations,
-    )
-    columns = {one.name: one for one in _nets(net, sizes, weights)}
+    count: int = 20
+    """How many photographs to attack at most, the first that EfficientNet-Lite0 has right."""
+    weights: Path | None = None
+    """A file of torchvision's AlexNet, of PyTorch or safetensors, to join the nets."""
+    seeds: int = 1
+    """How many times to draw noise."""
+    TRIAL = trial(count=2)
 
-    def measure(seed: int) -> results.Row:
-        rows = []
-        for i, (name, one) in enumerate(columns.items()):
-            found = nets.attack_victims(attack, one, chosen)
-            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), len(found.x_adv))
-            for rms in (None, *RMS):
-                asked = found.distortion if rms is None else jnp.full(len(keys), rms)
-                sets = {
-                    "adversarial": found.x_adv if rms is None else _magnify(chosen, found, asked),
-                    "noise": _noise(keys, chosen.images, asked),
-                }
-                for kind, xs in sets.items():
-                    distortion = jax.vmap(metrics.distortion)(chosen.images, xs).mean()
-                    rows.append(
-                        {
-                            "made_for": name,
-                            "kind": kind,
-                            "rms": rms,
-                            "distortion": float(distortion),
-                            "predictions": _predictions(columns, xs),
-                        }
-                    )
-        return {
-            "nets": list(columns),
-            "labels": chosen.labels.tolist(),
-            "clean": _predictions(columns, chosen.images),
-            "rows": rows,
-        }
+    def load(self) -> Subjects:
+        """Loads EfficientNet-Lite0 and the photographs that it has right."""
+        return load_subjects(load_network(), self.folder, count=self.count)
 
-    config = {"count": count, "dataset": results.PHOTOGRAPHS, "quick": quick}
-    content = results.measure(
-        "ostriches",
-        measure,
-        seeds=seeds,
-        config=config if weights is None else {**config, "weights": str(weights)},
-        splits=(dataset,),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("ostriches", describe(content), out)
-    return content
+
+def measure(options: Options, subjects: Subjects, seed: int) -> Row:
+    """What each net makes of what was made for any of them."""
+    chosen = subjects.victims
+    sizes, evaluations = (SIZES[1:], 12) if options.quick else (SIZES, 100)
+    start = attacks.decoupled(num_steps=min(30, evaluations // 2))
+    columns = {one.name: one for one in _nets(subjects.network, sizes, options.weights)}
+    rows = []
+    for i, (name, one) in enumerate(columns.items()):
+        attack = attacks.minimum_norm(one.logits_fn, rough=True, start=start, max_evals=evaluations)
+        found = attack_victims(attack, chosen, name)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), i), len(found.x_adv))
+        for rms in (None, *RMS):
+            asked = found.distortion if rms is None else jnp.full(len(keys), rms)
+            sets = {
+                "adversarial": found.x_adv if rms is None else _magnify(chosen, found, asked),
+                "noise": _noise(keys, chosen.images, asked),
+            }
+            for kind, xs in sets.items():
+                distortion = jax.vmap(metrics.distortion)(chosen.images, xs).mean()
+                rows.append(
+                    {
+                        "made_for": name,
+                        "kind": kind,
+                        "rms": rms,
+                        "distortion": float(distortion),
+                        "predictions": _predictions(columns, xs),
+                    }
+                )
+    return {
+        "nets": list(columns),
+        "labels": chosen.labels.tolist(),
+        "clean": _predictions(columns, chosen.images),
+        "rows": rows,
+    }
 
 
 # --- the nets --------------------------------------------------------------------------------
@@ -137,20 +120,22 @@ class Normalized(NamedTuple):
         return self.model.apply(params, (image - mean) / deviation)
 
 
-def _nets(net: nets.Net, sizes: tuple[int, ...], weights: Path | None) -> Iterator[nets.Net]:
+def _nets(
+    net: networks.Network, sizes: tuple[int, ...], weights: Path | None
+) -> Iterator[networks.Network]:
     yield net._replace(name="224 px")
     for size in sizes:
-        yield nets.Net(f"{size} px", Resized(net.model, size), net.params)
+        yield networks.Network(f"{size} px", Resized(net.model, size), net.params)
     if weights is not None:
         model = models.AlexNet()
         params = models.alexnet_from_torch(model, models.load_torch_weights(weights))
-        yield nets.Net(ALEXNET, Normalized(model), params)
+        yield networks.Network(ALEXNET, Normalized(model), params)
 
 
 # --- measuring -------------------------------------------------------------------------------
 
 
-def _magnify(chosen: nets.Victims, found: attacks.AttackResult, rms: Array) -> Array:
+def _magnify(chosen: Victims, found: attacks.AttackResult, rms: Array) -> Array:
     def one(x: Array, x_adv: Array, rms: Array) -> Array:
         return transfer.magnify(x, x_adv, rms, box=(0, 1))
 
@@ -164,9 +149,9 @@ def _noise(keys: Array, images: Any, rms: Any) -> Array:
     return jax.vmap(one)(keys, jnp.asarray(images), jnp.asarray(rms))
 
 
-def _predictions(columns: dict[str, nets.Net], xs: Any) -> list[list[int]]:
+def _predictions(columns: dict[str, networks.Network], xs: Any) -> list[list[int]]:
     """The class that each net gives each image."""
-    return [np.asarray(imagenet.predict(net.logits_fn, xs)).tolist() for net in columns.values()]
+    return [np.asarray(predict(net.logits_fn, xs)).tolist() for net in columns.values()]
 
 
 class Rows(NamedTuple):
@@ -179,22 +164,18 @@ class Rows(NamedTuple):
     distortion: float
 
 
-def rows_of(content: dict[str, Any], kind: str, rms: float | None) -> dict[str, Rows]:
+def rows_of(content: Content, kind: str, rms: float | None) -> dict[str, Rows]:
     """For each net what was made for it, of one kind and RMS."""
     runs = content["runs"]
     labels = np.array(runs[0]["labels"])
+    by_row = grouped(content, "made_for", "kind", "rms")
     found = {}
     for name in runs[0]["nets"]:
-        rows = [
-            row
-            for run in runs
-            for row in run["rows"]
-            if (row["made_for"], row["kind"], row["rms"]) == (name, kind, rms)
-        ]
+        rows = by_row[name, kind, rms]
         predictions = np.array([row["predictions"] for row in rows])
         found[name] = Rows(
             wrong=predictions != labels,
-            ostrich=predictions == imagenet.OSTRICH,
+            ostrich=predictions == OSTRICH,
             counted=np.array(runs[0]["clean"]) == labels,
             distortion=float(np.mean([row["distortion"] for row in rows])),
         )
@@ -229,7 +210,7 @@ def p_value(adversarial: Float[np.ndarray, " n"], noise: Float[np.ndarray, " n"]
 # --- words -----------------------------------------------------------------------------------
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """The rates between each two nets, and their mean beside noise for each RMS."""
     names = content["runs"][0]["nets"]
     matrices = "\n\n".join(
@@ -239,7 +220,7 @@ def describe(content: dict[str, Any]) -> str:
             (f"The same with the distortions brought to an RMS of {TESTED:g}", TESTED),
         )
     )
-    summary = results.table(
+    summary = markdown.grid(
         ("RMS", "wrong", "under noise", "p", "ostriches", "under noise"),
         (tuple(_summary(content, rms)) for rms in (None, *RMS)),
     )
@@ -252,7 +233,7 @@ Means over pairs of different nets, and over {len(content["runs"][0]["labels"])}
 
 
 def _matrix(names: list[str], rows: dict[str, Rows]) -> str:
-    return results.table(
+    return markdown.grid(
         ("made for", *(f"shown to {name}" for name in names), "RMS"),
         (
             (made_for, *(_cell(one, i) for i in range(len(names))), f"{one.distortion:.5f}")
@@ -265,11 +246,11 @@ def _cell(rows: Rows, column: int) -> str:
     # Every seed makes the same adversarial photographs; only noise differs.
     counted = rows.counted[column]
     wrong, ostriches = (what[0, column, counted].sum() for what in (rows.wrong, rows.ostrich))
-    rate = results.share([int(wrong)], [int(counted.sum())])
-    return f"{results.percent(rate, 0).removesuffix(' %')} ({ostriches})"
+    rate = statistics.fraction([int(wrong)], [int(counted.sum())])
+    return f"{markdown.percent(rate, 0, unit='')} ({ostriches})"
 
 
-def _summary(content: dict[str, Any], rms: float | None) -> Iterator[str]:
+def _summary(content: Content, rms: float | None) -> Iterator[str]:
     kinds = {kind: rows_of(content, kind, rms) for kind in ("adversarial", "noise")}
     yield "as found" if rms is None else f"{rms:g}"
     for what in ("wrong", "ostrich"):
@@ -281,11 +262,11 @@ def _summary(content: dict[str, Any], rms: float | None) -> Iterator[str]:
 
 
 def _percent(shares: Float[np.ndarray, " n"]) -> str:
-    mean = results.mean(shares.tolist())
-    return results.percent(results.Estimate(*np.clip(mean, 0, 1).tolist()), 1)
+    mean = statistics.mean(shares.tolist())
+    return markdown.percent(statistics.Estimate(*np.clip(mean, 0, 1).tolist()), 1)
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Transfer beyond noise; of nets with the same weights it bears the claim out in part."""
     kinds = {kind: rows_of(content, kind, TESTED) for kind in ("adversarial", "noise")}
     shares = [between(rows, "wrong") for rows in kinds.values()]
@@ -294,7 +275,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     different = ALEXNET in content["runs"][0]["nets"]
     nets_shown = "" if different else ", all with the same weights at other resolutions"
     return [
-        results.Claim(
+        Claim(
             "Adversarial photographs mislead other networks for ImageNet",
             "stated; its numbers are of MNIST, Table 2",
             f"at an RMS of {TESTED:g}, {adversarial} of them mislead another net, {noise} under "

@@ -7,59 +7,42 @@ Expected: every attack succeeds, with a mean distortion of 0.06 to 0.07; noise o
 hardly a prediction.
 """
 
-import functools
-from pathlib import Path
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from advjax import attacks, metrics, models, plots, runner
-from experiments import nets, results
+from experiments.common import markdown, networks
+from experiments.common.measure import Arrays, Content, Row
+from experiments.common.options import DigitOptions, Digits
+from experiments.common.victims import victims
 
 NET = "FC100-100-10"
+SHOWN = 8
 ATTACKS = (attacks.lbfgs, attacks.minimum_norm)
 
 
-def main(
-    *,
-    seed: int = 0,
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-) -> None:
-    """Trains FC100-100-10, attacks 100 digits that it gets right, and draws some.
+class Options(DigitOptions):
+    """Trains FC100-100-10, attacks 100 digits that it gets right, and draws some."""
 
-    Args:
-        seed: Of the net and of the noise.
-        source: The digits: the full MNIST of tensorflow-datasets, the sample inside the package,
-            or the first of both that can be had.
-        out: The folder for the figure, the net and the numbers.
-        quick: Fewer steps and digits, of the sample: seconds, for a trial.
-    """
-    train, test = results.load("mnist", source, quick=quick)
+    TRIAL_STEPS = 500
+
+
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """The errors of the net, and what each attack comes to."""
+    train, test = digits
     net_key, noise_key = jax.random.split(jax.random.key(seed))
-    net = nets.load_or_train(
-        NET, train.images, train.labels, key=net_key, steps=500 if quick else None
-    )
-    logits_fn = net.logits_fn
-    train_error = metrics.error_rate(logits_fn, train.images, train.labels)
-    test_error = metrics.error_rate(logits_fn, test.images, test.labels)
-    print(
-        f"{NET} gets {results.percent(train_error)} of the training images wrong "
-        f"and {results.percent(test_error)} of the test images.\n",
-        flush=True,
-    )
-
-    chosen = nets.victims(net, test, 32 if quick else 100)
+    net = networks.load_or_train(net_key, NET, train, steps=options.steps)
+    parameters = options.out / "quickstart.safetensors"
+    models.save(parameters, net.params, metadata={"net": NET, "data": train.source})
+    print(f"The parameters are in {parameters}", flush=True)
+    chosen = victims(net, test, 32 if options.quick else 100)
     images, labels, targets = chosen.images, chosen.labels, chosen.targets
-
-    rows, found = [], {}
-    for attack in ATTACKS:
-        name = attack.__name__
-        result = runner.attack_images(
-            functools.partial(attack, logits_fn), images, targets, progress=name
-        )
-        found[name] = result
+    rows = []
+    for make in ATTACKS:
+        name = make.__name__
+        result = runner.attack_images(make(net.logits_fn), images, targets, progress=name)
         size = result.distortion[:, None, None, None]
         noisy = images + size * np.asarray(jax.random.normal(noise_key, images.shape))
         rows.append(
@@ -69,64 +52,56 @@ def main(
                 "mean_distortion": float(result.distortion.mean()),
                 "median_distortion": float(np.median(result.distortion)),
                 "evaluations": float(result.num_evals.mean()),
-                "noise_error": metrics.error_rate(logits_fn, noisy, labels),
+                "noise_error": metrics.error_rate(net.logits_fn, noisy, labels),
             }
         )
-    print(f"\n{len(images)} test images that the net gets right, each towards another class:\n")
-    print(table(rows))
+    return {
+        "train_error": metrics.error_rate(net.logits_fn, train.images, train.labels),
+        "test_error": metrics.error_rate(net.logits_fn, test.images, test.labels),
+        "images": len(images),
+        "rows": rows,
+        "clean": images[:SHOWN],
+        "adversarial": result.x_adv[:SHOWN],
+        "labels": labels[:SHOWN],
+        "predictions": result.prediction[:SHOWN],
+    }
 
-    out.mkdir(parents=True, exist_ok=True)
-    figure, params, numbers = (out / f"quickstart.{end}" for end in ("png", "safetensors", "json"))
-    shown = found["minimum_norm"]
-    plots.adversarial_grid(
-        images[:8], shown.x_adv[:8], labels=labels[:8], predictions=shown.prediction[:8]
-    ).savefig(figure)
-    models.save(params, net.params, metadata={"net": NET, "data": train.source, "seed": str(seed)})
-    results.save_json(
-        numbers,
-        {
-            "experiment": "quickstart",
-            "data": train.source,
-            "seed": seed,
-            "net": NET,
-            "train_error": train_error,
-            "test_error": test_error,
-            "images": len(images),
-            "rows": rows,
-        },
+
+def describe(content: Content) -> str:
+    """The errors, and a line for each attack; distortion is the RMS per pixel."""
+    (run,) = content["runs"]
+    return f"""\
+{NET} gets {markdown.percent(run["train_error"])} of the training images wrong and
+{markdown.percent(run["test_error"])} of the test images. {run["images"]} test images that it gets
+right, each towards another class:
+
+{table(run["rows"])}
+
+![8 digits, the difference magnified, and the adversarial images](quickstart.png)"""
+
+
+def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
+    """Some digits, the differences, and the images that `minimum_norm` found."""
+    del content
+    figure = plots.adversarial_grid(
+        arrays["clean"],
+        arrays["adversarial"],
+        labels=arrays["labels"],
+        predictions=arrays["predictions"],
     )
-    print()
-    print(
-        results.saved(
-            {
-                figure: "8 digits, the difference magnified, and the adversarial images",
-                params: "the net's parameters",
-                numbers: "the numbers above",
-            }
-        )
-    )
+    return {"quickstart.png": figure}
 
 
-def table(rows: list[results.Row]) -> str:
-    """The rows as text; distortion is the RMS per pixel."""
-    return results.table(
-        (
-            "attack",
-            "success",
-            "mean distortion",
-            "median",
-            "evaluations",
-            "error under noise of that RMS",
-        ),
-        (
-            (
-                row["attack"],
-                results.percent(row["success"]),
-                f"{row['mean_distortion']:.5f}",
-                f"{row['median_distortion']:.5f}",
-                f"{row['evaluations']:.1f}",
-                results.percent(row["noise_error"]),
-            )
-            for row in rows
-        ),
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    return markdown.table(
+        [
+            ("attack", row["attack"]),
+            ("success", markdown.percent(row["success"])),
+            ("mean distortion", f"{row['mean_distortion']:.5f}"),
+            ("median", f"{row['median_distortion']:.5f}"),
+            ("evaluations", f"{row['evaluations']:.1f}"),
+            ("error under noise of that RMS", markdown.percent(row["noise_error"])),
+        ]
+        for row in rows
     )

@@ -2,79 +2,77 @@
 
 Runs each experiment, or takes the numbers that are in the folder already where they are of the same
 options, and writes REPORT.md from the JSON files alone: first the paper's claims and what became of
-them, then each experiment with its method, its numbers and the command that makes them.
+them, then each experiment with its method, its numbers and the command that makes them. Numbers of
+experiments whose packages or data are missing here are shown too; where there are none, it says so.
 """
 
+import dataclasses
 import importlib
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from advjax import files
-from experiments import results
-
-SECTIONS = (
-    "table1",
-    "table2",
-    "table3",
-    "table4",
-    "fgsm",
-    "figure1",
-    "rotation",
-    "figure7",
-    "adversarial",
-    "table5",
-    "lipschitz",
-)
-"""The sections on MNIST."""
-
-PHOTOGRAPHS = ("figure3", "figure4", "figure5", "figure6", "ostriches", "bounds")
-"""Those on photographs, with packages that not everybody has."""
+from experiments import EXPERIMENTS
+from experiments.common import markdown, measure
+from experiments.common.measure import Content
+from experiments.common.options import PHOTOGRAPHS, DigitOptions, Name, Source
 
 
-def main(
-    *,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    fresh: bool = False,
-) -> None:
-    """Runs the experiments of the report that have not been run, and writes it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Runs the experiments of the report that have not been run, and writes it."""
 
-    Args:
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the numbers, the figures and REPORT.md.
-        quick: Each experiment in its quick form: ten minutes, for a trial.
-        fresh: Whether to measure anew what is in the folder already.
-    """
-    sections = []
-    for name in (*SECTIONS, *PHOTOGRAPHS):
+    dataset: Name = "mnist"
+    """The data set."""
+    source: Source = "auto"
+    """Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or the
+    first of both that can be had."""
+    out: Path = Path("results")
+    """The folder for the numbers, the figures and REPORT.md."""
+    quick: bool = False
+    """Each experiment in its quick form: ten minutes, for a trial."""
+    fresh: bool = False
+    """Measure anew what is in the folder already."""
+
+    def of(self, experiment: ModuleType) -> measure.Options:
+        """The options of an experiment of the report."""
+        options = experiment.Options(out=self.out, quick=self.quick, reuse=not self.fresh)
+        if isinstance(options, DigitOptions):
+            return dataclasses.replace(options, dataset=self.dataset, source=self.source)
+        return options
+
+
+def write(options: Options) -> None:
+    """Runs the experiments of the report that have not been run, and writes it."""
+    sections: list[tuple[ModuleType, Content]] = []
+    missing: dict[str, str] = {}
+    for name in (name for name, in_report in EXPERIMENTS.items() if in_report):
         print(f"\n{name}\n", flush=True)
         module = importlib.import_module(f"experiments.{name}")
-        options = {} if name in PHOTOGRAPHS else {"dataset": dataset, "source": source}
+        content: Content | None
         try:
-            content = module.main(**options, out=out, quick=quick, reuse=not fresh)
+            content = measure.run(module, options.of(module))
         except (ImportError, FileNotFoundError) as error:
-            if name not in PHOTOGRAPHS:
-                raise
-            print(f"Left out: {error}", flush=True)
-        else:
-            sections.append((module, content))
-    text = compose(sections)
-    path = out / "REPORT.md"
+            print(f"{name} cannot be measured here: {error}", flush=True)
+            content = measure.saved(module, options.of(module))
+            if content is None:
+                missing[name] = str(error)
+                continue
+        sections.append((module, content))
+    text = compose(sections, missing)
+    path = options.out / "REPORT.md"
     files.write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
-    print()
-    print(results.saved({path: "the report"}))
+    print(f"\nSaved\n  {path}")
 
 
-def compose(sections: list[tuple[ModuleType, dict[str, Any]]]) -> str:
-    """The report, of modules and what they saved."""
+def compose(
+    sections: list[tuple[ModuleType, Content]], missing: Mapping[str, str] | None = None
+) -> str:
+    """The report, of modules and what they saved; and why the missing experiments are missing."""
     claims = [claim for module, content in sections for claim in module.claims(content)]
-    table = results.table(
+    table = markdown.grid(
         ("the paper's claim", "its evidence", "ours", "verdict"),
         [(claim.claim, claim.paper, claim.ours, f"**{claim.verdict}**") for claim in claims],
         names=4,
@@ -95,16 +93,23 @@ def compose(sections: list[tuple[ModuleType, dict[str, Any]]]) -> str:
             f"## {summary.partition(';')[0]})",
             method,
             module.describe(content),
-            provenance(name_of(module), content),
+            provenance(measure.name_of(module), content),
+        ]
+    if missing:
+        reasons = "\n".join(f"- `{name}`: {reason}" for name, reason in missing.items())
+        parts += [
+            "## Not measured",
+            "There are no numbers of these experiments, and they could not be measured where this "
+            f"was written:\n\n{reasons}",
         ]
     return "\n\n".join(parts) + "\n"
 
 
-def provenance(name: str, content: dict[str, Any]) -> str:
+def provenance(name: str, content: Content) -> str:
     """The command, the data, the seeds and the time of an experiment."""
     config = content["config"]
     trained = " Nets that an earlier experiment trained are not trained again."
-    if config["dataset"] == results.PHOTOGRAPHS:
+    if config["dataset"] == PHOTOGRAPHS:
         trained = ""
     made_with = content["made_with"]
     seeds = "seed 0" if config["seeds"] == 1 else f"seeds 0 to {config['seeds'] - 1}"
@@ -113,8 +118,3 @@ def provenance(name: str, content: dict[str, Any]) -> str:
         f"{content['minutes']:.1f} min on {made_with['device']}, "
         f"jax {made_with['jax']}; [{name}.json]({name}.json).{trained}</sub>"
     )
-
-
-def name_of(module: ModuleType) -> str:
-    """The experiment's name on the command line."""
-    return module.__name__.rpartition(".")[2]

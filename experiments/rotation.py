@@ -20,113 +20,79 @@ rotations of all 784 take minutes; and noise, along which the ten images are any
 above their least value on fewer than ten images are left out.
 """
 
-import functools
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
+from matplotlib.figure import Figure
 
 from advjax import data, units
-from experiments import nets, results
-from experiments.figure1 import TOP, alive, features
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from experiments.common import markdown, networks
+from experiments.common.claims import Claim
+from experiments.common.measure import Arrays, Content, Row, grouped
+from experiments.common.options import DigitOptions, Digits, trial
+from experiments.common.units import (
+    ALPHA,
+    MARGIN,
+    TOP,
+    alive,
+    cells,
+    equivalence,
+    features,
+    in_numbers,
+    outside,
+)
 
 LAYERS = {"FC100-100-10": "hidden2", "ConvNet": "hidden1"}
 """The last hidden layer of each net."""
 STAGES = {"before": "_preactivation", "after": ""}
 """Of the non-linearity."""
-MARGIN = 0.05
+CASE = ("net", "non-linearity", "directions")
 SCORES = {"purity": "label purity", "auc": "concept AUC"}
-QUANTILES = (0.0, 0.025, 0.975, 1.0)
-ALPHA = 0.05
-
-_equivalence_test = jax.jit(functools.partial(units.equivalence_test, margin=MARGIN))
 
 
-def main(
-    *,
-    seeds: int = 5,
-    convnet_seeds: int = 3,
-    rotations: int = 999,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Tests whether the images along units are more alike than those along random directions.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DigitOptions):
+    """Tests whether the images along units are more alike than those along random directions."""
 
-    Args:
-        seeds: How many sigmoid nets to train.
-        convnet_seeds: How many convolutional ones, at most as many: each takes minutes.
-        rotations: How many random bases to compare the units with.
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the figure and the numbers.
-        quick: Nets briefly trained, two seeds and 99 rotations, on the sample: a minute, for a
-            trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    seeds, convnet_seeds, rotations = (2, 2, 99) if quick else (seeds, convnet_seeds, rotations)
+    seeds: int = 5
+    convnet_seeds: int = 3
+    """How many convolutional nets to train, at most as many as `seeds`: each takes minutes."""
+    rotations: int = 999
+    """How many random bases to compare the units with."""
+    TRIAL = trial(seeds=2, convnet_seeds=2, rotations=99)
+    TRIAL_STEPS = 60
 
-    def measure(seed: int) -> results.Row:
-        test_key, noise_key, init_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(seed), 3), 3
-        )
-        cases: dict[tuple[str, str, str], tuple[Array, Array | None]] = {}
-        for name in LAYERS if seed < convnet_seeds else ("FC100-100-10",):
-            net = nets.load_or_train(
-                name,
-                train.images,
-                train.labels,
-                key=jax.random.key(seed),
-                steps=60 if quick else None,
-            )
-            cases |= _of_net(net, test, init_key)
-        if seed == 0:  # the images are the same for all
-            cases["images, halved", "", "pixels"] = _halved(test.images), None
-        cases["noise", "", "units"] = jax.random.normal(noise_key, (len(test.labels), 100)), None
-        return {
-            "rows": [
-                {
-                    "net": net,
-                    "non-linearity": stage,
-                    "directions": kind,
-                    **_test(jax.random.fold_in(test_key, i), phi, test, directions, rotations),
-                }
-                for i, ((net, stage, kind), (phi, directions)) in enumerate(cases.items())
-            ]
-        }
 
-    content = results.measure(
-        "rotation",
-        measure,
-        seeds=seeds,
-        config={
-            "convnet-seeds": convnet_seeds,
-            "rotations": rotations,
-            "dataset": dataset,
-            "quick": quick,
-        },
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    draw(content).savefig(out / "rotation.png")
-    results.show("rotation", describe(content), out)
-    return content
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """The scores of each basis beside those of random ones."""
+    key, test = jax.random.key(seed), digits.test
+    test_key, noise_key, init_key = jax.random.split(jax.random.fold_in(key, 3), 3)
+    cases: dict[tuple[str, str, str], tuple[Array, Array | None]] = {}
+    for name in LAYERS if seed < options.convnet_seeds else ("FC100-100-10",):
+        net = networks.load_or_train(key, name, digits.train, steps=options.steps)
+        cases |= _of_net(net, test, init_key)
+    if seed == 0:  # the images are the same for all
+        cases["images, halved", "", "pixels"] = _halved(test.images), None
+    cases["noise", "", "units"] = jax.random.normal(noise_key, (len(test.labels), 100)), None
+    return {
+        "rows": [
+            {
+                "net": net,
+                "non-linearity": stage,
+                "directions": kind,
+                **_test(jax.random.fold_in(test_key, i), phi, test, directions, options.rotations),
+            }
+            for i, ((net, stage, kind), (phi, directions)) in enumerate(cases.items())
+        ]
+    }
 
 
 def _of_net(
-    net: nets.Net, test: data.Dataset, key: Key[Array, ""]
+    net: networks.Network, test: data.Dataset, key: Key[Array, ""]
 ) -> dict[tuple[str, str, str], tuple[Array, Array | None]]:
     """The features of its last hidden layer, and the basis to rotate; None is that of the units."""
     untrained = net._replace(params=net.model.init(key, test.images[0]))
@@ -175,7 +141,7 @@ def _test(
     test: data.Dataset,
     directions: Float[Array, "m d"] | None,
     rotations: int,
-) -> results.Row:
+) -> Row:
     found = units.rotation_test(
         key,
         phi,
@@ -189,36 +155,12 @@ def _test(
     return {"units": phi.shape[1], **scores}
 
 
-def in_numbers(found: units.Comparison) -> results.Row:
-    """One score of the units beside that of random bases."""
-    return {
-        "identity": float(found.identity),
-        "rotated": float(found.rotated.mean()),
-        "rotated_quantiles": np.quantile(found.rotated, QUANTILES).tolist(),
-        "p_value": float(found.p_value),
-        "effect": float(found.effect),
-        "effect_size": float(found.effect_size),
-    }
-
-
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """A table for each score: the units beside the rotated bases, and the tests."""
     tables = {
-        score: results.table(
-            (
-                "net",
-                "non-linearity",
-                "directions",
-                "their T",
-                "rotated",
-                "effect",
-                "in deviations",
-                "smallest p",
-                "above",
-                "below",
-                "equivalent, p",
-            ),
-            _lines(content, score),
+        score: markdown.table(
+            [*zip(CASE, case, strict=True), *cells([row[score] for row in rows], sides=True)]
+            for case, rows in grouped(content, *CASE).items()
         )
         for score in SCORES
     }
@@ -235,42 +177,25 @@ Concept AUC, in the same way:
 {tables["auc"]}"""
 
 
-def _lines(content: dict[str, Any], score: str) -> Iterator[tuple[str, ...]]:
-    for case, rows in _by_case(content).items():
-        found = [row[score] for row in rows]
-        outside = [_outside(one) for one in found]
-        tested = _equivalence(rows, score)
-        yield (
-            *case,
-            f"{np.mean([one['identity'] for one in found]):.3f}",
-            f"{np.mean([one['rotated'] for one in found]):.3f}",
-            results.number(results.mean([one["effect"] for one in found]), 3),
-            f"{np.mean([one['effect_size'] for one in found]):+.1f}",
-            f"{min(one['p_value'] for one in found):.3f}",
-            *(f"{outside.count(side)} of {len(outside)}" for side in (1, -1)),
-            "-" if tested is None else f"{float(tested.p_value):.3f}",
-        )
-
-
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Claim 1: no distinction between units and random directions."""
     tested = [
-        (case, score, rows, equivalence)
-        for case, rows in _by_case(content).items()
+        (case, score, rows, test)
+        for case, rows in grouped(content, *CASE).items()
         for score in SCORES
         if case[0] in LAYERS and case[2] == "units"
-        if (equivalence := _equivalence(rows, score)) is not None
+        if (test := equivalence([row[score] for row in rows])) is not None
     ]
-    equivalent = sum(float(equivalence.p_value) <= ALPHA for *_, equivalence in tested)
-    sides = [{_outside(row[score]) for row in rows} for _, score, rows, _ in tested]
+    equivalent = sum(float(test.p_value) <= ALPHA for *_, test in tested)
+    sides = [{outside(row[score]) for row in rows} for _, score, rows, _ in tested]
     above, below = sides.count({1}), sides.count({-1})
     effects = ", ".join(
-        f"{float(equivalence.mean):+.3f} ({net}, {stage})"
-        for (net, stage, _), score, _, equivalence in tested
+        f"{float(test.mean):+.3f} ({net}, {stage})"
+        for (net, stage, _), score, _, test in tested
         if score == "purity"
     )
     return [
-        results.Claim(
+        Claim(
             "No distinction between individual units and random linear combinations of them",
             "by eye, four of each",
             "label purity of units less that of random bases, before and after the non-linearity: "
@@ -288,11 +213,10 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     ]
 
 
-def draw(content: dict[str, Any]) -> "Figure":
+def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
     """T of each seed's basis, over the range of its rotations."""
-    from matplotlib.figure import Figure
-
-    cases = _by_case(content)
+    del arrays
+    cases = grouped(content, *CASE)
     figure = Figure(figsize=(10, 0.9 + 0.4 * len(cases)), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (score, title) in zip(panels, SCORES.items(), strict=True):
@@ -313,26 +237,4 @@ def draw(content: dict[str, Any]) -> "Figure":
     panels[1].plot([], [], "o", ms=4, color="tab:red", label="as they are, each seed")
     panels[1].plot([], [], lw=3, color="0.6", label="95 % of the rotations")
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
-    return figure
-
-
-def _by_case(content: dict[str, Any]) -> dict[tuple[str, str, str], list[results.Row]]:
-    """The rows of the seeds that have a case, by net, non-linearity and directions."""
-    cases: dict[tuple[str, str, str], list[results.Row]] = {}
-    for run in content["runs"]:
-        for row in run["rows"]:
-            case = row["net"], row["non-linearity"], row["directions"]
-            cases.setdefault(case, []).append(row)
-    return cases
-
-
-def _outside(found: results.Row) -> int:
-    """Whether T is above (1), below (-1) or within the middle 95 % of the rotations."""
-    _, low, high, _ = found["rotated_quantiles"]
-    return int(found["identity"] > high) - int(found["identity"] < low)
-
-
-def _equivalence(rows: list[results.Row], score: str) -> units.EquivalenceTest | None:
-    """Whether the effect is shown to be too small to matter; None of a single seed."""
-    effects = np.array([row[score]["effect"] for row in rows])
-    return _equivalence_test(effects) if len(rows) > 1 else None
+    return {"rotation.png": figure}

@@ -15,80 +15,48 @@ errors. How the autoencoder was trained the paper does not tell; ours errs more.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from advjax import attacks, metrics
-from experiments import nets, paper, results
-
-NETS = tuple(paper.TABLE1)
-ATTACKS = (attacks.lbfgs, attacks.minimum_norm)
-
-
-def main(
-    *,
-    images: int = 1000,
-    seeds: int = 5,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Trains the nets of Table 1 and measures how far the nearest adversarial images are.
-
-    Args:
-        images: How many test images to attack for each seed.
-        seeds: How many times to train and to draw.
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the numbers.
-        quick: Two nets, briefly trained, and two seeds, on the sample: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    images, seeds = (32, 2) if quick else (images, seeds)
-
-    def measure(seed: int) -> results.Row:
-        chosen = nets.random_victims(jax.random.key(seed), test, images)
-        rows = []
-        for name in NETS[:4:3] if quick else NETS:
-            net = nets.load_or_train(
-                name,
-                train.images,
-                train.labels,
-                key=jax.random.key(seed),
-                steps=300 if quick else None,
-            )
-            errors = {
-                f"{split}_error": metrics.error_rate(net.logits_fn, *some[:2])
-                for split, some in (("train", train), ("test", test))
-            }
-            found = {attack.__name__: _attack(attack, net, chosen) for attack in ATTACKS}
-            rows.append({"net": name, **errors, "attacks": found})
-        return {"rows": rows}
-
-    content = results.measure(
-        "table1",
-        measure,
-        seeds=seeds,
-        config={"images": images, "dataset": dataset, "quick": quick},
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("table1", describe(content), out)
-    return content
+from experiments.common import markdown, networks, paper, statistics
+from experiments.common.claims import Claim
+from experiments.common.measure import Content, Row, grouped
+from experiments.common.options import Digits, VictimOptions
+from experiments.common.victims import (
+    ATTACKS,
+    Victims,
+    attack_every_class,
+    attack_victims,
+    random_victims,
+)
 
 
-def _attack(attack: Any, net: nets.Net, chosen: nets.Victims) -> results.Row:
-    result = nets.attack_victims(attack, net, chosen)
-    few = slice(results.PAPER_IMAGES)
-    nearest = nets.attack_every_class(attack, net, nets.Victims(*(field[few] for field in chosen)))
+class Options(VictimOptions):
+    """Trains the nets of Table 1 and measures how far the nearest adversarial images are."""
+
+
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """The errors and the distortions of each net."""
+    key = jax.random.key(seed)
+    chosen = random_victims(key, digits.test, options.images)
+    rows = []
+    for name in networks.table1(options.quick):
+        net = networks.load_or_train(key, name, digits.train, steps=options.steps)
+        errors = {
+            f"{split}_error": metrics.error_rate(net.logits_fn, some.images, some.labels)
+            for split, some in digits._asdict().items()
+        }
+        found = {make.__name__: _attack(make(net.logits_fn), chosen, name) for make in ATTACKS}
+        rows.append({"net": name, **errors, "attacks": found})
+    return {"rows": rows}
+
+
+def _attack(attack: attacks.Attack, chosen: Victims, name: str) -> Row:
+    result = attack_victims(attack, chosen, name)
+    few = slice(statistics.PAPER_IMAGES)
+    nearest = attack_every_class(attack, chosen.first(statistics.PAPER_IMAGES), name)
     return {
         "distortion": float(result.distortion.mean()),
         "distortion_256": float(result.distortion[few].mean()),
@@ -98,36 +66,19 @@ def _attack(attack: Any, net: nets.Net, chosen: nets.Victims) -> results.Row:
     }
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """Two tables: errors and distortions, each with the 95 % interval over the seeds."""
-    errors = results.table(
-        ("net", "train error, %", "paper", "test error, %", "paper"),
-        (
-            (
-                name,
-                results.number(results.mean([100 * row["train_error"] for row in rows]), 2),
-                f"{printed.train_error:g}",
-                results.number(results.mean([100 * row["test_error"] for row in rows]), 2),
-                f"{printed.test_error:g}",
-            )
-            for name, rows, printed in _by_net(content)
-        ),
+    errors = markdown.table(
+        [
+            ("net", name),
+            ("train error, %", markdown.number(statistics.over(rows, "train_error", scale=100), 2)),
+            ("paper", f"{paper.TABLE1[name].train_error:g}"),
+            ("test error, %", markdown.number(statistics.over(rows, "test_error", scale=100), 2)),
+            ("paper", f"{paper.TABLE1[name].test_error:g}"),
+        ]
+        for name, rows in grouped(content, "net").items()
     )
-    n = content["config"]["images"]
-    distortions = results.table(
-        (
-            "net",
-            "attack",
-            f"distortion, {n:,} images",
-            "of the first 256",
-            "paper",
-            "to any class",
-            "success",
-            "gradients",
-        ),
-        _distortions(content),
-        names=2,
-    )
+    distortions = markdown.table(_distortions(content), names=2)
     return f"""\
 {errors}
 
@@ -137,34 +88,37 @@ within the 95 % prediction interval of one more seed's 256 images, ✗ where not
 {distortions}"""
 
 
-def _distortions(content: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    for name, rows, printed in _by_net(content):
+def _distortions(content: Content) -> Iterator[list[tuple[str, str]]]:
+    for name, rows in grouped(content, "net").items():
+        printed = paper.TABLE1[name].distortion
         for attack in ATTACKS:
             found = [row["attacks"][attack.__name__] for row in rows]
-            few = [one["distortion_256"] for one in found]
-            mark = "✓" if results.predicts(few, printed.distortion) else "✗"
-            yield (
-                name,
-                f"`{attack.__name__}`",
-                *(
-                    results.number(results.mean(values))
-                    for values in ([one["distortion"] for one in found], few)
-                ),
-                f"{printed.distortion:g} {mark}",
-                results.number(results.mean([one["nearest_256"] for one in found])),
-                results.percent(float(np.mean([one["success"] for one in found]))),
-                f"{np.mean([one['evaluations'] for one in found]):.1f}",
+            of_few = [one["distortion_256"] for one in found]
+            mark = "✓" if statistics.predicts(of_few, printed) else "✗"
+            every, few, nearest = (
+                markdown.number(statistics.over(found, what))
+                for what in ("distortion", "distortion_256", "nearest_256")
             )
+            yield [
+                ("net", name),
+                ("attack", f"`{attack.__name__}`"),
+                (f"distortion, {content['config']['images']:,} images", every),
+                ("of the first 256", few),
+                ("paper", f"{printed:g} {mark}"),
+                ("to any class", nearest),
+                ("success", markdown.percent(statistics.over(found, "success").mean)),
+                ("gradients", f"{statistics.over(found, 'evaluations').mean:.1f}"),
+            ]
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Adversarial examples everywhere; decay makes them larger; the attack exact if convex."""
     found = {
         name: {
             attack.__name__: np.array([row["attacks"][attack.__name__] for row in rows])
             for attack in ATTACKS
         }
-        for name, rows, _ in _by_net(content)
+        for name, rows in grouped(content, "net").items()
     }
 
     def values(name: str, attack: str, what: str) -> list[float]:
@@ -181,34 +135,26 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
         for name in linear
     ]
     return [
-        results.Claim(
+        Claim(
             "Every net has adversarial examples next to nearly every image",
             "every sample tried, mean distortion up to 0.14",
-            f"{results.percent(success)} of images in the worst case, mean distortion up to "
+            f"{markdown.percent(success)} of images in the worst case, mean distortion up to "
             f"{largest:.3f}",
             "holds" if success > 0.99 else "holds in part",
         ),
-        results.Claim(
+        Claim(
             "More weight decay makes the nearest adversarial example of a linear net further",
             " < ".join(f"{paper.TABLE1[name].distortion:g}" for name in linear),
             " < ".join(f"{np.mean(some):.4f}" for some in by_decay)
             + f", so ordered in {ordered} of {len(content['runs'])} seeds",
             "holds" if ordered == len(content["runs"]) else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "The penalised attack is exact where the loss is convex",
             "stated",
             "`minimum_norm` finds nearer images of the same classes on the linear nets: `lbfgs` is "
-            + ", ".join(f"{results.percent(one, 1)}" for one in excess)
+            + ", ".join(f"{markdown.percent(one, 1)}" for one in excess)
             + " above",
             "does not hold" if max(excess) > 0.005 else "holds",
         ),
     ]
-
-
-def _by_net(
-    content: dict[str, Any],
-) -> Iterator[tuple[str, list[results.Row], paper.Table1]]:
-    """For each net its rows of all seeds, and the paper's."""
-    for rows in results.over_seeds(content):
-        yield rows[0]["net"], list(rows), paper.TABLE1[rows[0]["net"]]

@@ -8,74 +8,42 @@ have used. Beside the paper's control, noise of a fixed stddev, stand two closer
 from each image as its adversarial one, and the adversarial distortion with its signs drawn anew.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments import nets, paper, results, transfers
-from experiments.table1 import ATTACKS, NETS
+from experiments.common import markdown, networks, paper, statistics, transfers
+from experiments.common.claims import Claim
+from experiments.common.measure import Content, Row
+from experiments.common.options import Digits, VictimOptions
+from experiments.common.victims import ATTACKS, random_victims
 
 STDDEVS = (0.1, 0.3)
 
 
-def main(
-    *,
-    images: int = 1000,
-    seeds: int = 5,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Distorts training images for each net of Table 1, and asks all the others.
-
-    Args:
-        images: How many training images to attack for each seed.
-        seeds: How many times to train and to draw.
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the numbers.
-        quick: Two nets, briefly trained, and two seeds, on the sample: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    images, seeds = (64, 2) if quick else (images, seeds)
-
-    def measure(seed: int) -> results.Row:
-        key = jax.random.key(seed)
-        chosen = nets.random_victims(jax.random.fold_in(key, 2), train, images)
-        trained = {
-            name: nets.load_or_train(
-                name, train.images, train.labels, key=key, steps=300 if quick else None
-            )
-            for name in (NETS[:4:3] if quick else NETS)
-        }
-        rows = [transfers.Images("clean", None, chosen.images)]
-        for i, net in enumerate(trained.values()):
-            found = [transfers.adversarial(attack, net, chosen) for attack in ATTACKS]
-            rows += [*found, *transfers.controls(jax.random.fold_in(key, i), chosen, found[0])]
-        for stddev in STDDEVS:
-            for clipped in (False, True):
-                rows.append(transfers.gaussian(key, chosen, stddev, clipped=clipped))
-        return transfers.count(trained, chosen, rows)
-
-    content = results.measure(
-        "table2",
-        measure,
-        seeds=seeds,
-        config={"images": images, "dataset": dataset, "quick": quick},
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("table2", describe(content), out)
-    return content
+class Options(VictimOptions):
+    """Distorts training images for each net of Table 1, and asks all the others."""
 
 
-def describe(content: dict[str, Any]) -> str:
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """How many of the distorted images each net gets wrong."""
+    key = jax.random.key(seed)
+    chosen = random_victims(jax.random.fold_in(key, 2), digits.train, options.images)
+    trained = {
+        name: networks.load_or_train(key, name, digits.train, steps=options.steps)
+        for name in networks.table1(options.quick)
+    }
+    rows = [transfers.Images("clean", None, chosen.images)]
+    for i, net in enumerate(trained.values()):
+        found = [transfers.adversarial(attack, net, chosen) for attack in ATTACKS]
+        rows += [*found, *transfers.controls(jax.random.fold_in(key, i), chosen, found[0])]
+    for stddev in STDDEVS:
+        for clipped in (False, True):
+            rows.append(transfers.gaussian(key, chosen, stddev, clipped=clipped))
+    return transfers.count(trained, chosen, rows)
+
+
+def describe(content: Content) -> str:
     """Table 2 for each attack, of all images and of the first 256; controls; net transfer."""
     columns, found = transfers.by_row(content)
     noise = {kind: rows for (kind, made_for), rows in found.items() if made_for is None}
@@ -101,7 +69,7 @@ def describe(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Transfer beyond controls; more from nets of more decay; how often the numbers agree."""
     columns, found = transfers.by_row(content)
     noise, signs = (transfers.above(columns, found, "lbfgs", one) for one in transfers.CONTROLS)
@@ -112,7 +80,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     seeds = len(content["runs"])
     agreeing, cells = transfers.agreement(columns, found, "lbfgs", paper.TABLE2)
     return [
-        results.Claim(
+        Claim(
             "A relatively large fraction of adversarial examples misleads nets of other "
             "architectures and hyper-parameters",
             transfers.span(paper.TABLE2, columns, columns),
@@ -120,15 +88,15 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
             f"signs: {signs}",
             "holds" if max(noise.p_value, signs.p_value) < 0.05 else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "Examples made for a linear net of more weight decay mislead other nets more",
             "; ".join(transfers.span(paper.TABLE2, [name], others) for name in linear)
             + " of the non-linear nets",
-            "; ".join(results.percent(results.mean(some), 1) for some in by_decay)
+            "; ".join(markdown.percent(statistics.mean(some), 1) for some in by_decay)
             + f" of them, so ordered in {ordered} of {seeds} seeds",
             "holds" if ordered == seeds else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "Table 2 as printed",
             f"{cells} rates between different nets",
             f"{agreeing} of {cells} agree: the intervals meet",

@@ -6,133 +6,67 @@ are those of test images towards random other classes. The paper does not tell w
 distortions are of; a secondary note says test images.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
-import numpy as np
 
-from advjax import data, metrics
-from experiments import nets, paper, results
-from experiments.table1 import ATTACKS
+from advjax import attacks, metrics
+from experiments.common import markdown, paper, statistics
+from experiments.common.claims import Claim
+from experiments.common.halves import divide, train_on_halves
+from experiments.common.measure import Content, Row, grouped
+from experiments.common.options import Digits, VictimOptions
+from experiments.common.victims import ATTACKS, Victims, attack_victims, random_victims
 
-NETS = tuple(paper.TABLE3)
-ERRORS = ("error_p1", "error_p2", "test_error")
-
-
-def main(
-    *,
-    images: int = 1000,
-    seeds: int = 5,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Trains the nets of Table 3 and measures their errors and distortions.
-
-    Args:
-        images: How many test images to attack for each seed.
-        seeds: How many times to divide, to train and to draw.
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the numbers.
-        quick: Briefly trained nets and two seeds, on the sample: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    images, seeds = (32, 2) if quick else (images, seeds)
-
-    def measure(seed: int) -> results.Row:
-        chosen = nets.random_victims(jax.random.key(seed), test, images)
-        halves = divide(seed, train)
-        rows = []
-        for name, net in train_on_halves(seed, halves, quick=quick).items():
-            errors = {
-                of: metrics.error_rate(net.logits_fn, split.images, split.labels)
-                for of, split in zip(ERRORS, (*halves, test), strict=True)
-            }
-            found = {attack.__name__: _distortion(attack, net, chosen) for attack in ATTACKS}
-            rows.append({"net": name, **errors, "distortion": found})
-        return {"rows": rows}
-
-    content = results.measure(
-        "table3",
-        measure,
-        seeds=seeds,
-        config={"images": images, "dataset": dataset, "quick": quick},
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("table3", describe(content), out)
-    return content
+ERRORS = {"error_p1": "error on P1", "error_p2": "on P2", "test_error": "on the test set"}
 
 
-def divide(seed: int, train: data.Dataset) -> tuple[data.Dataset, data.Dataset]:
-    """The halves P1 and P2 of a seed."""
-    order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), 3), len(train.labels))
-    p1, p2 = (
-        data.Dataset(train.images[half], train.labels[half], train.source)
-        for half in np.split(np.asarray(order), [len(order) // 2])
-    )
-    return p1, p2
+class Options(VictimOptions):
+    """Trains the nets of Table 3 and measures their errors and distortions."""
 
 
-def train_on_halves(
-    seed: int, halves: tuple[data.Dataset, data.Dataset], *, quick: bool
-) -> Mapping[str, nets.Net]:
-    """The nets of Tables 3 and 4, by the paper's names; a prime's is trained on P2."""
-    trained = {}
-    for name in NETS:
-        prime = name.endswith("'")
-        half = halves[prime]
-        key = jax.random.key(seed)
-        net = nets.load_or_train(
-            name.removesuffix("'"),
-            half.images,
-            half.labels,
-            key=jax.random.fold_in(key, 1) if prime else key,
-            steps=300 if quick else None,
-        )
-        trained[name] = net._replace(name=name)
-    return trained
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """The errors and the distortions of each net."""
+    chosen = random_victims(jax.random.key(seed), digits.test, options.images)
+    halves = divide(seed, digits.train)
+    rows = []
+    for name, net in train_on_halves(seed, halves, steps=options.steps).items():
+        errors = {
+            of: metrics.error_rate(net.logits_fn, split.images, split.labels)
+            for of, split in zip(ERRORS, (*halves, digits.test), strict=True)
+        }
+        found = {make.__name__: _distortion(make(net.logits_fn), chosen, name) for make in ATTACKS}
+        rows.append({"net": name, **errors, "distortion": found})
+    return {"rows": rows}
 
 
-def _distortion(attack: Any, net: nets.Net, chosen: nets.Victims) -> list[float]:
+def _distortion(attack: attacks.Attack, chosen: Victims, name: str) -> list[float]:
     """The mean over all images, and over the first 256."""
-    result = nets.attack_victims(attack, net, chosen)
-    few = result.distortion[: results.PAPER_IMAGES]
+    result = attack_victims(attack, chosen, name)
+    few = result.distortion[: statistics.PAPER_IMAGES]
     return [float(result.distortion.mean()), float(few.mean())]
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """Errors and distortions, each with the 95 % interval over the seeds."""
-    lines = []
-    for rows in results.over_seeds(content):
-        printed = paper.TABLE3[rows[0]["net"]]
-        cells = [rows[0]["net"]]
-        for of in ERRORS:
-            error = results.mean([100 * row[of] for row in rows])
-            cells.append(f"{results.number(error, 2)} ({getattr(printed, of):g})")
-        for attack in ATTACKS:
-            every, few = zip(*(row["distortion"][attack.__name__] for row in rows), strict=True)
-            mark = "✓" if results.predicts(few, printed.distortion) else "✗"
-            cells += [
-                results.number(results.mean(every)),
-                f"{results.number(results.mean(few))} ({printed.distortion:g} {mark})",
-            ]
-        lines.append(cells)
-    header = ["net (the paper's numbers)", "error on P1, %", "on P2, %", "on the test set, %"]
+    return markdown.table(_cells(name, rows) for name, rows in grouped(content, "net").items())
+
+
+def _cells(name: str, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    printed = paper.TABLE3[name]
+    yield "net (the paper's numbers)", name
+    for of, heading in ERRORS.items():
+        error = markdown.number(statistics.over(rows, of, scale=100), 2)
+        yield f"{heading}, %", f"{error} ({getattr(printed, of):g})"
     for attack in ATTACKS:
-        header += [f"distortion, `{attack.__name__}`", "of the first 256"]
-    return results.table(header, lines)
+        every, few = zip(*(row["distortion"][attack.__name__] for row in rows), strict=True)
+        mark = "✓" if statistics.predicts(few, printed.distortion) else "✗"
+        yield f"distortion, `{attack.__name__}`", markdown.number(statistics.mean(every))
+        few_text = markdown.number(statistics.mean(few))
+        yield "of the first 256", f"{few_text} ({printed.distortion:g} {mark})"
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """None: what the paper concludes from these nets is in Table 4."""
     del content
     return []

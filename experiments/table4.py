@@ -9,18 +9,17 @@ other lengths.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
-from experiments import nets, paper, results, transfers
-from experiments.table1 import ATTACKS
-from experiments.table3 import divide, train_on_halves
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from experiments.common import paper, transfers
+from experiments.common.claims import Claim
+from experiments.common.halves import divide, train_on_halves
+from experiments.common.measure import Arrays, Content, Row
+from experiments.common.options import Digits, VictimOptions
+from experiments.common.victims import ATTACKS, random_victims
 
 CURVE = (0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
 STDDEVS = (0.06, 0.1)
@@ -29,62 +28,29 @@ LITERAL = MAGNIFIED / 28
 """What an L2 length of 0.1 is as an RMS over the 28 x 28 pixels."""
 
 
-def main(
-    *,
-    images: int = 1000,
-    seeds: int = 5,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Distorts test images for each net of Table 4, and asks the others.
-
-    Args:
-        images: How many test images to attack for each seed.
-        seeds: How many times to divide, to train and to draw.
-        dataset: The data set.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the numbers and the figure.
-        quick: Briefly trained nets and two seeds, on the sample: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    images, seeds = (64, 2) if quick else (images, seeds)
-
-    def measure(seed: int) -> results.Row:
-        key = jax.random.key(seed)
-        chosen = nets.random_victims(key, test, images)
-        trained = train_on_halves(seed, divide(seed, train), quick=quick)
-        rows = [transfers.Images("clean", None, chosen.images)]
-        for i, net in enumerate(trained.values()):
-            for attack in ATTACKS:
-                found = transfers.adversarial(attack, net, chosen)
-                lengths = (LITERAL, *CURVE)
-                rows += [found, *(transfers.magnified(chosen, found, rms) for rms in lengths)]
-                if attack is ATTACKS[0]:
-                    rows += transfers.controls(jax.random.fold_in(key, i), chosen, found)
-        rows += [transfers.gaussian(key, chosen, rms) for rms in CURVE]
-        rows += [transfers.gaussian(key, chosen, rms, clipped=True) for rms in STDDEVS]
-        return transfers.count(trained, chosen, rows)
-
-    content = results.measure(
-        "table4",
-        measure,
-        seeds=seeds,
-        config={"images": images, "dataset": dataset, "quick": quick},
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    draw(content).savefig(out / "table4.png")
-    results.show("table4", describe(content), out)
-    return content
+class Options(VictimOptions):
+    """Distorts test images for each net of Table 4, and asks the others."""
 
 
-def describe(content: dict[str, Any]) -> str:
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """How many of the distorted images each net gets wrong."""
+    key = jax.random.key(seed)
+    chosen = random_victims(key, digits.test, options.images)
+    trained = train_on_halves(seed, divide(seed, digits.train), steps=options.steps)
+    rows = [transfers.Images("clean", None, chosen.images)]
+    for i, net in enumerate(trained.values()):
+        for attack in ATTACKS:
+            found = transfers.adversarial(attack, net, chosen)
+            lengths = (LITERAL, *CURVE)
+            rows += [found, *(transfers.magnified(chosen, found, rms) for rms in lengths)]
+            if attack is ATTACKS[0]:
+                rows += transfers.controls(jax.random.fold_in(key, i), chosen, found)
+    rows += [transfers.gaussian(key, chosen, rms) for rms in CURVE]
+    rows += [transfers.gaussian(key, chosen, rms, clipped=True) for rms in STDDEVS]
+    return transfers.count(trained, chosen, rows)
+
+
+def describe(content: Content) -> str:
     """Both halves of Table 4 for each attack, of all images and of the first 256; controls."""
     columns, found = transfers.by_row(content)
     n = f"{content['config']['images']:,}"
@@ -120,7 +86,7 @@ def describe(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Transfer between training sets; more when magnified, unlike noise."""
     columns, found = transfers.by_row(content)
     noise, signs = (transfers.above(columns, found, "lbfgs", one) for one in transfers.CONTROLS)
@@ -130,21 +96,21 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     agreeing, cells = transfers.agreement(columns, found, "lbfgs", paper.TABLE4)
     more, more_cells = transfers.agreement(columns, found, large, paper.TABLE4_MAGNIFIED)
     return [
-        results.Claim(
+        Claim(
             "Adversarial examples mislead nets that were trained on other images",
             transfers.span(paper.TABLE4, columns, columns),
             f"more than noise of the same RMS: {noise}; than the same distortion with random "
             f"signs: {signs}",
             "holds" if max(noise.p_value, signs.p_value) < 0.05 else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "Magnified to an RMS of 0.1 they mislead them far more than noise does",
             f"{transfers.span(paper.TABLE4_MAGNIFIED, columns, columns)} against "
             f"{transfers.span(paper.TABLE4_MAGNIFIED, [noise_row], columns)}",
             str(magnified),
             "holds" if magnified.p_value < 0.05 else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "Table 4 as printed",
             f"{cells + more_cells} rates between different nets",
             f"{agreeing} of {cells} agree, and {more} of {more_cells} magnified ones",
@@ -153,10 +119,9 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     ]
 
 
-def draw(content: dict[str, Any]) -> "Figure":
+def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
     """Errors against the RMS of magnified distortions, for pairs of nets of each sort."""
-    from matplotlib.figure import Figure
-
+    del arrays
     columns, found = transfers.by_row(content)
     sorts: dict[str, list[tuple[str, int]]] = {
         "the net itself": [],
@@ -187,7 +152,7 @@ def draw(content: dict[str, Any]) -> "Figure":
     )
     axes.legend()
     axes.grid(alpha=0.3)
-    return figure
+    return {"table4.png": figure}
 
 
 def _error(found: transfers.Found, kind: str, cells: Sequence[tuple[str | None, int]]) -> float:

@@ -19,6 +19,7 @@ AlexNet is measured once, the MNIST nets for each seed. The times are of compile
 which nothing else ran on the machine if you left it alone; compilation is shown beside them.
 """
 
+import dataclasses
 import functools
 import math
 import time
@@ -36,7 +37,11 @@ from advjax import lipschitz, models
 from advjax.lipschitz.bound import linear_layers
 from advjax.lipschitz.convolution import Convolution
 from advjax.lipschitz.norms import Dense
-from experiments import nets, paper, results
+from experiments.common import markdown, networks, paper, statistics
+from experiments.common.claims import Claim
+from experiments.common.measure import Content, Row, grouped
+from experiments.common.options import DigitOptions, Digits, trial
+from experiments.common.slopes import estimate, input_like, steepest
 
 NETS = ("FC100-100-10", "ConvNet")
 PAPERS = "AlexNet, random weights"
@@ -44,6 +49,12 @@ GIVEN = "AlexNet, given weights"
 
 TIGHTER = {"eclipse": lipschitz.eclipse, "lipsdp": lipschitz.lipsdp}
 
+WAYS = {
+    "bound": "certified bound",
+    "numpy": "NumPy's FFT and SVD",
+    "power": "power iteration",
+    "lanczos": "Lanczos",
+}
 _WORDS = {
     "reduce_window_max": "max-pooling",
     "normalise": "normalisation",
@@ -51,58 +62,31 @@ _WORDS = {
 }
 
 
-def main(
-    *,
-    images: int = 256,
-    seeds: int = 3,
-    weights: Path | None = None,
-    dataset: results.Name = "mnist",
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-    reuse: bool = False,
-) -> dict[str, Any]:
-    """Bounds each layer of each net in the paper's way and in ours, and times AlexNet's.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DigitOptions):
+    """Bounds each layer of each net in the paper's way and in ours, and times AlexNet's."""
 
-    Args:
-        images: At how many test images to take the slope of the MNIST nets.
-        seeds: How many times to train the MNIST nets.
-        weights: A file of torchvision's AlexNet, of PyTorch or safetensors, to bound too.
-        dataset: The data set of the nets that are trained.
-        source: Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or
-            the first of both that can be had.
-        out: The folder for the numbers.
-        quick: One net, hardly trained, and a small AlexNet: a minute, for a trial.
-        reuse: Whether to take the numbers in `out`, if they are of the same options.
-    """
-    train, test = results.load(dataset, source, quick=quick)
-    images, seeds = (16, 1) if quick else (images, seeds)
+    images: int = 256
+    """At how many test images to take the slope of the MNIST nets."""
+    weights: Path | None = None
+    """A file of torchvision's AlexNet, of PyTorch or safetensors, to bound too."""
+    seeds: int = 3
+    TRIAL = trial(images=16, seeds=1)
+    TRIAL_STEPS = 20
 
-    def measure(seed: int) -> results.Row:
-        key = jax.random.key(seed)
-        rows = []
-        for name in NETS[:1] if quick else NETS:
-            net = nets.load_or_train(
-                name, train.images, train.labels, key=key, steps=20 if quick else None
-            )
-            rows.append(_bounds(name, net.logits_fn, jnp.asarray(test.images[:images])))
-        if seed == 0:
-            alexnets = _alexnets(jax.random.fold_in(key, 5), weights, quick)
-            rows += [_bounds(*alexnet) for alexnet in alexnets]
-        return {"rows": rows, "pool_stretch": _pool_stretch()}
 
-    config = {"images": images, "dataset": dataset, "quick": quick}
-    content = results.measure(
-        "table5",
-        measure,
-        seeds=seeds,
-        config=config if weights is None else {**config, "weights": str(weights)},
-        splits=(train, test),
-        out=out,
-        reuse=reuse,
-    )
-    results.show("table5", describe(content), out)
-    return content
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """The bounds of each net."""
+    key = jax.random.key(seed)
+    inputs = jnp.asarray(digits.test.images[: options.images])
+    rows = []
+    for name in NETS[:1] if options.quick else NETS:
+        net = networks.load_or_train(key, name, digits.train, steps=options.steps)
+        rows.append(_bounds(name, net.logits_fn, inputs))
+    if seed == 0:
+        alexnets = _alexnets(jax.random.fold_in(key, 5), options.weights, options.quick)
+        rows += [_bounds(*alexnet) for alexnet in alexnets]
+    return {"rows": rows, "pool_stretch": _pool_stretch()}
 
 
 # --- the nets --------------------------------------------------------------------------------
@@ -142,7 +126,7 @@ def _he(key: Key[Array, ""], shapes: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Arr
 # --- measuring -------------------------------------------------------------------------------
 
 
-def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) -> results.Row:
+def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) -> Row:
     """Each layer of a net in all readings, and the net as a whole."""
     print(f"{name}: bounding", flush=True)
     bound, seconds = _timed(lipschitz.bound, logits_fn, inputs[0])
@@ -175,20 +159,14 @@ def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) ->
 def _readings(layer: Dense | Convolution, kernels: Float[Array, "1 *kernel"]) -> dict[str, Any]:
     """The norm of a layer in each other way, how long each took, and the stride."""
     (kernel,) = kernels
-    like = jax.ShapeDtypeStruct(layer.input_shape(kernel.shape), kernel.dtype)
-
-    def estimate(method, kernel):
-        apply = functools.partial(layer.apply, kernel)
-        return method(apply, like, key=jax.random.key(0), num_starts=1).value
-
     found, seconds = {}, {}
     for name, method in (("power", lipschitz.power_iteration), ("lanczos", lipschitz.lanczos)):
-        compiled = jax.jit(functools.partial(estimate, method)).lower(kernel).compile()
+        compiled = estimate.lower(method, layer, kernel).compile()
         found[name], seconds[name] = _timed(compiled, kernel)
     found["unscaled"], seconds["numpy"] = _timed(unscaled_norm, layer, np.asarray(kernel))
     # Compiled already, for the bound of the net.
-    again = functools.partial(lipschitz.bound, functools.partial(layer.apply, kernel))
-    _, seconds["bound"] = _timed(again, like)
+    apply, like = functools.partial(layer.apply, kernel), input_like(layer, kernel)
+    _, seconds["bound"] = _timed(functools.partial(lipschitz.bound, apply), like)
     stride = layer.axes[0].stride if isinstance(layer, Convolution) else 1
     values = {name: float(value) for name, value in found.items()}
     return {**values, "stride": stride, "seconds": seconds}
@@ -228,18 +206,6 @@ def unscaled_norm(
     return np.linalg.svd(matrices, compute_uv=False).max()
 
 
-@jax.jit
-def steepest(logits_fn: Callable, inputs: Float[Array, "n *shape"]) -> Float[Array, ""]:
-    """The largest norm of a Jacobian at the inputs, from below."""
-
-    def slope(x):
-        _, jacobian = jax.linearize(logits_fn, x)
-        key = jax.random.key(0)
-        return lipschitz.lanczos(jacobian, x, key=key, num_starts=1, num_steps=10).value
-
-    return jnp.max(jax.lax.map(slope, inputs))
-
-
 def _pool_stretch() -> float:
     """How much longer AlexNet's pooling makes a difference: of two images but for one pixel."""
 
@@ -253,27 +219,27 @@ def _pool_stretch() -> float:
 # --- words -----------------------------------------------------------------------------------
 
 
-def describe(content: dict[str, Any]) -> str:
+def describe(content: Content) -> str:
     """A table for each net, one of the nets as a whole, and one of the times."""
     parts = []
     for row in content["runs"][0]["rows"]:
         parts.append(f"{row['net']}, seed 0:\n\n{_layers(row)}")
         if row["net"] == PAPERS:
             parts.append(_corrected(row))
-    whole = results.table(
-        ("net", "product", *(f"`{method}`" for method in TIGHTER), "steepest slope found"),
-        (
-            (
-                name,
-                _over([row["bound"] for row in rows]),
-                *(
-                    _over([row["tighter"][method] for row in rows if method in row["tighter"]])
-                    for method in TIGHTER
-                ),
-                _over([row["steepest"] for row in rows]),
-            )
-            for name, rows in _by_net(content)
-        ),
+    whole = markdown.table(
+        [
+            ("net", name),
+            ("product", _over([row["bound"] for row in rows])),
+            *(
+                (
+                    f"`{method}`",
+                    _over([row["tighter"][method] for row in rows if method in row["tighter"]]),
+                )
+                for method in TIGHTER
+            ),
+            ("steepest slope found", _over([row["steepest"] for row in rows])),
+        ]
+        for name, rows in grouped(content, "net").items()
     )
     parts.append(f"The nets as a whole, over the seeds:\n\n{whole}")
     parts += [_times(row) for row in content["runs"][0]["rows"] if row["net"] not in NETS]
@@ -282,41 +248,27 @@ def describe(content: dict[str, Any]) -> str:
 
 
 def _over(values: Sequence[float]) -> str:
-    return results.number(results.mean(values), 2) if values else "-"
+    return markdown.number(statistics.mean(values), 2) if values else "-"
 
 
-def _layers(row: results.Row) -> str:
+def _layers(row: Row) -> str:
     printed = iter(paper.TABLE5.values() if row["net"] not in NETS else ())
-    lines: list[tuple[float | None, ...]] = []
+    lines: list[list[float | None]] = []
     for layer in row["layers"]:
-        readings: tuple[float | None, ...] = (None,) * 5
+        readings: list[float | None] = [None] * 5
         if "lanczos" in layer:
             known = next(printed, None)
-            readings = (
-                None if known is None else known.bound,
-                layer["unscaled"] / layer["stride"] ** 2,
-                layer["unscaled"] / layer["stride"],
-                layer["power"],
-                layer["lanczos"],
-            )
-        lines.append((*readings, layer["bound"]))
+            formula = [layer["unscaled"] / layer["stride"] ** power for power in (2, 1)]
+            bound = None if known is None else known.bound
+            readings = [bound, *formula, layer["power"], layer["lanczos"]]
+        lines.append([*readings, layer["bound"]])
     columns = [[x for x in column if x is not None] for column in zip(*lines, strict=True)]
-    products = (math.prod(column) if column else None for column in columns)
-    names = [layer["layer"] for layer in row["layers"]]
-    return results.table(
-        (
-            "layer",
-            "paper",
-            "formula, 1/s²",
-            "formula, 1/s",
-            "power iteration",
-            "Lanczos",
-            "certified",
-        ),
-        (
-            (name, *map(_cell, line))
-            for name, line in zip([*names, "product"], [*lines, products], strict=True)
-        ),
+    lines.append([math.prod(column) if column else None for column in columns])
+    names = [*(layer["layer"] for layer in row["layers"]), "product"]
+    readings_of = ("formula, 1/s²", "formula, 1/s", "power iteration", "Lanczos", "certified")
+    return markdown.grid(
+        ("layer", "paper", *readings_of),
+        ((name, *map(_cell, line)) for name, line in zip(names, lines, strict=True)),
     )
 
 
@@ -326,7 +278,7 @@ def _cell(value: float | None) -> str:
     return f"{value:.2e}" if value >= 1e5 else f"{value:.4g}"
 
 
-def _corrected(row: results.Row) -> str:
+def _corrected(row: Row) -> str:
     bounds = [one.bound for one in paper.TABLE5.values()]
     stride = math.prod(one.stride or 1 for one in paper.TABLE5.values())
     pools, normalised = (
@@ -341,30 +293,19 @@ def _corrected(row: results.Row) -> str:
     )
 
 
-def _times(row: results.Row) -> str:
+def _times(row: Row) -> str:
     linear = [layer for layer in row["layers"] if "lanczos" in layer]
-    ways = ("bound", "numpy", "power", "lanczos")
 
-    def value(layer: results.Row, way: str) -> float:
-        return layer["unscaled"] / layer["stride"] if way == "numpy" else layer[way]
+    def cell(layer: Row, way: str) -> str:
+        value = layer["unscaled"] / layer["stride"] if way == "numpy" else layer[way]
+        return f"{layer['seconds'][way]:.2f} ({value / layer['lanczos']:.4f})"
 
-    times = results.table(
-        ("layer", "certified bound", "NumPy's FFT and SVD", "power iteration", "Lanczos"),
+    in_all = [sum(layer["seconds"][way] for layer in linear) for way in WAYS]
+    times = markdown.grid(
+        ("layer", *WAYS.values()),
         [
-            *(
-                (
-                    layer["layer"],
-                    *(
-                        f"{layer['seconds'][way]:.2f} ({value(layer, way) / layer['lanczos']:.4f})"
-                        for way in ways
-                    ),
-                )
-                for layer in linear
-            ),
-            (
-                "in all",
-                *(f"{sum(layer['seconds'][way] for layer in linear):.2f}" for way in ways),
-            ),
+            *((layer["layer"], *(cell(layer, way) for way in WAYS)) for layer in linear),
+            ("in all", *(f"{seconds:.2f}" for seconds in in_all)),
         ],
     )
     return f"""\
@@ -374,11 +315,14 @@ the whole net took {row["seconds"]:.1f} s the first time, compilation included.
 {times}"""
 
 
-def claims(content: dict[str, Any]) -> list[results.Claim]:
+def claims(content: Content) -> list[Claim]:
     """Products bound the net; the factor of a stride; pooling; the numbers of Table 5."""
     every = [row for run in content["runs"] for row in run["rows"]]
     looseness, tightest = (
-        {name: [of(row) / row["steepest"] for row in rows] for name, rows in _by_net(content)}
+        {
+            name: [of(row) / row["steepest"] for row in rows]
+            for name, rows in grouped(content, "net").items()
+        }
         for of in (lambda row: row["bound"], lambda row: min(row["tighter"].values()))
     )
     convolutions = [
@@ -396,7 +340,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     stretch = max(run["pool_stretch"] for run in content["runs"])
     given = [row for row in every if row["net"] == GIVEN]
     return [
-        results.Claim(
+        Claim(
             "A net is at most as steep as the product of its layers' bounds",
             "stated; 7.9e5 for AlexNet",
             "never exceeded, but loose: the steepest slope found is smaller by a factor of "
@@ -405,7 +349,7 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
             + ", ".join(f"{np.mean(some):.3g}" for some in tightest.values()),
             "holds" if min(map(min, tightest.values())) >= 1 else "does not hold",
         ),
-        results.Claim(
+        Claim(
             "A convolution of stride s has the norm sup |A(ξ)| / s²",
             "stated",
             "estimated from below it is "
@@ -415,14 +359,14 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
             f"{len(convolutions)} convolutions",
             "does not hold" if max(short.values()) > 1.001 else "holds",
         ),
-        results.Claim(
+        Claim(
             "Max-pooling is contractive",
             "stated",
             f"one pixel, where four of AlexNet's windows overlap, moves the result {stretch:g} "
             "times as far",
             "does not hold" if stretch > 1 else "holds",
         ),
-        results.Claim(
+        Claim(
             "AlexNet's layers have bounds of 2.75 to 11",
             "Table 5",
             "its weights are lost; with random ones the certified bounds are "
@@ -433,15 +377,6 @@ def claims(content: dict[str, Any]) -> list[results.Claim]:
     ]
 
 
-def _span(rows: Sequence[results.Row]) -> str:
+def _span(rows: Sequence[Row]) -> str:
     bounds = [layer["bound"] for row in rows for layer in row["layers"] if "lanczos" in layer]
     return f"{min(bounds):.2f} to {max(bounds):.2f}"
-
-
-def _by_net(content: dict[str, Any]) -> list[tuple[str, list[results.Row]]]:
-    """For each net its rows of all seeds that it was measured for."""
-    every = [row for run in content["runs"] for row in run["rows"]]
-    return [
-        (name, [row for row in every if row["net"] == name])
-        for name in dict.fromkeys(row["net"] for row in every)
-    ]

@@ -10,65 +10,59 @@ Expected on a CPU: refilled lanes about twice as fast as fixed batches, and all 
 times what the gradients take; a batch of 64 to 128 is best.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from advjax import attacks, runner
-from experiments import nets, results
-from experiments.benchmark import BATCH_SIZE, time_of_a_gradient, timed, vmapped
+from experiments.common import markdown, networks
+from experiments.common.measure import Content, Row
+from experiments.common.options import DigitOptions, Digits, trial
+from experiments.common.timing import BATCH_SIZE, time_of_a_gradient, timed, vmapped
+from experiments.common.victims import victims
 
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
 
 
-def main(
-    *,
-    net: str = "FC100-100-10",
-    images: int = 2000,
-    batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256),
-    seed: int = 0,
-    source: results.Source = "auto",
-    out: Path = Path("results"),
-    quick: bool = False,
-) -> None:
-    """Times both attacks with each batch size, with and without refilling.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DigitOptions):
+    """Times both attacks with each batch size, with and without refilling."""
 
-    Args:
-        net: The net to attack, by the paper's name.
-        images: How many test images.
-        batch_sizes: How many images each device has in work.
-        seed: Of the net.
-        source: The digits: the full MNIST of tensorflow-datasets, the sample inside the package,
-            or the first of both that can be had.
-        out: The folder for the numbers.
-        quick: Fewer steps, sizes and digits, of the sample: seconds, for a trial.
-    """
-    train, test = results.load("mnist", source, quick=quick)
-    victim = nets.load_or_train(
-        net, train.images, train.labels, key=jax.random.key(seed), steps=300 if quick else None
-    )
-    chosen = nets.victims(victim, test, 64 if quick else images)
+    net: str = "FC100-100-10"
+    """The net to attack, by the paper's name."""
+    images: int = 2000
+    """How many test images."""
+    batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
+    """How many images each device has in work."""
+    TRIAL = trial(images=64, batch_sizes=(16,))
+
+
+def measure(options: Options, digits: Digits, seed: int) -> Row:
+    """The time of each attack with each batch size in each way."""
+    key = jax.random.key(seed)
+    victim = networks.load_or_train(key, options.net, digits.train, steps=options.steps)
+    chosen = victims(victim, digits.test, options.images)
     xs, targets = chosen.images, chosen.targets
     gradient = time_of_a_gradient(victim.logits_fn, xs[:BATCH_SIZE], targets[:BATCH_SIZE])
-
-    rows: list[results.Row] = []
-    for attack in ATTACKS:
-        for batch_size in batch_sizes[:1] if quick else batch_sizes:
+    rows: list[Row] = []
+    for make in ATTACKS:
+        attack = make(victim.logits_fn)
+        for batch_size in options.batch_sizes:
             for way, run in (
-                ("fixed batches", fixed_batches(attack, victim.logits_fn, batch_size)),
-                ("one device", lanes(attack, victim.logits_fn, batch_size, jax.devices()[:1])),
-                ("all devices", lanes(attack, victim.logits_fn, batch_size, jax.devices())),
+                ("fixed batches", fixed_batches(attack, batch_size)),
+                ("one device", lanes(attack, batch_size, jax.devices()[:1])),
+                ("all devices", lanes(attack, batch_size, jax.devices())),
             ):
                 result, seconds = timed(run, xs, targets)
                 seconds /= len(xs)
                 evaluations = float(result.num_evals.mean())
                 rows.append(
                     {
-                        "attack": attack.__name__,
+                        "attack": make.__name__,
                         "batch_size": batch_size,
                         "way": way,
                         "success": float(result.success.mean()),
@@ -78,84 +72,57 @@ def main(
                         "seconds_over_gradients": seconds / (evaluations * gradient),
                     }
                 )
-
-    print(
-        f"\n{net}, {len(xs)} test images on {jax.device_count()} devices; a gradient in a batch "
-        f"takes {1e6 * gradient:.1f} us an image.\n"
-    )
-    print(table(rows))
-    out.mkdir(parents=True, exist_ok=True)
-    numbers = out / "throughput.json"
-    results.save_json(
-        numbers,
-        {
-            "experiment": "throughput",
-            "data": train.source,
-            "net": net,
-            "seed": seed,
-            "images": len(xs),
-            "devices": jax.device_count(),
-            "microseconds_a_gradient": 1e6 * gradient,
-            "rows": rows,
-        },
-    )
-    print()
-    print(results.saved({numbers: "the numbers above"}))
+    return {
+        "images": len(xs),
+        "devices": jax.device_count(),
+        "microseconds_a_gradient": 1e6 * gradient,
+        "rows": rows,
+    }
 
 
 def lanes(
-    attack: Callable[..., attacks.AttackResult],
-    logits_fn: jax.tree_util.Partial,
-    batch_size: int,
-    devices: Sequence[jax.Device],
+    attack: attacks.Attack, batch_size: int, devices: Sequence[jax.Device]
 ) -> Callable[[np.ndarray, np.ndarray], attacks.AttackResult]:
     """The runner on some devices, as a function of images and targets."""
-    return functools.partial(
-        runner.attack_images,
-        functools.partial(attack, logits_fn),
-        batch_size=batch_size,
-        mesh=Mesh(np.asarray(devices), ("images",)),
-    )
+    mesh = Mesh(np.asarray(devices), ("images",))
+    return functools.partial(runner.attack_images, attack, batch_size=batch_size, mesh=mesh)
 
 
 def fixed_batches(
-    attack: Callable[..., attacks.AttackResult],
-    logits_fn: jax.tree_util.Partial,
-    batch_size: int,
+    attack: attacks.Attack, batch_size: int
 ) -> Callable[[np.ndarray, np.ndarray], attacks.AttackResult]:
     """One batch after the other under `jax.vmap`, the last one filled up with the first images."""
     run = vmapped(attack)
 
     def attack_images(xs, targets):
         order = np.resize(np.arange(len(xs)), (-(-len(xs) // batch_size), batch_size))
-        found = [jax.device_get(run(logits_fn, xs[batch], targets[batch])) for batch in order]
+        found = [jax.device_get(run(xs[batch], targets[batch])) for batch in order]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(xs)], *found)
 
     return attack_images
 
 
-def table(rows: list[results.Row]) -> str:
-    """The rows as text, a line for each attack and batch size."""
-    return results.table(
-        (
-            "attack",
-            "batch size",
-            "fixed, ms/image",
-            "refilled",
-            "gain",
-            "all devices",
-            "/gradients",
-        ),
-        (
-            (
-                one["attack"],
-                str(one["batch_size"]),
-                f"{fixed['milliseconds']:.2f}",
-                f"{one['milliseconds']:.2f}",
-                f"{fixed['milliseconds'] / one['milliseconds']:.1f} x",
-                f"{every['milliseconds']:.2f}",
-                f"{every['seconds_over_gradients']:.1f} x",
-            )
-            for fixed, one, every in zip(rows[::3], rows[1::3], rows[2::3], strict=True)
-        ),
+def describe(content: Content) -> str:
+    """A line for each attack and batch size."""
+    run = content["runs"][0]
+    return f"""\
+{content["config"]["net"]}, {run["images"]} test images on {run["devices"]} devices; a gradient in a
+batch takes {run["microseconds_a_gradient"]:.1f} us an image.
+
+{table(run["rows"])}"""
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    return markdown.table(
+        [
+            ("attack", one["attack"]),
+            ("batch size", str(one["batch_size"])),
+            ("fixed, ms/image", f"{fixed['milliseconds']:.2f}"),
+            ("refilled", f"{one['milliseconds']:.2f}"),
+            ("gain", f"{fixed['milliseconds'] / one['milliseconds']:.1f} x"),
+            ("all devices", f"{every['milliseconds']:.2f}"),
+            ("/gradients", f"{every['seconds_over_gradients']:.1f} x"),
+        ]
+        for fixed, one, every in zip(rows[::3], rows[1::3], rows[2::3], strict=True)
     )

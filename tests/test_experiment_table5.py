@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +11,16 @@ import safetensors.numpy
 
 from advjax import lipschitz, models
 from advjax.lipschitz.norms import Dense
-from experiments import paper, table5
+from experiments import table5
+from experiments.common import paper
+from tests import experiment_runs
+
+quick = experiment_runs.quick(table5)
 
 
-@pytest.fixture(scope="module")
-def content(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        folder = tmp_path_factory.mktemp("results")
-        table5.main(quick=True, out=folder)
-        return json.loads((folder / "table5.json").read_text())
+@pytest.fixture
+def content(quick):
+    return quick.content
 
 
 def linear(row):
@@ -51,7 +50,8 @@ def test_the_product_bounds_the_slopes_and_has_the_pools_and_normalisations_in_i
     assert names.count("normalisation") == names.count("max-pooling") == 2
 
 
-def test_the_table_has_the_papers_numbers_beside_ours(content):
+def test_the_table_has_the_papers_numbers_beside_ours(quick, content, monkeypatch):
+    experiment_runs.check(quick, monkeypatch)
     description = table5.describe(content)
     lines = [line for line in description.splitlines() if line.startswith(("| conv", "| hidden"))]
     for printed in paper.TABLE5.values():

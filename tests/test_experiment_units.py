@@ -6,41 +6,27 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from advjax import data, plots
 from experiments import figure1, rotation
+from experiments.common.measure import grouped
+from experiments.common.units import MARGIN, alive, features
+from tests import experiment_runs
 from tests.test_plots import drawn, text_fits, texts
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
 
 # --- figures 1 and 2 -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def figures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("figure1")
-    return figure1.main(quick=True, out=folder), folder
+figures = experiment_runs.quick(figure1)
 
 
-def test_figures_1_and_2_show_four_rows_of_ten(figures):
-    content, folder = figures
-    saved = json.loads((folder / "figure1.json").read_text())
-    assert {key: saved[key] for key in content} == json.loads(json.dumps(content))
-    for name in ("figure1.png", "figure2.png"):
-        with Image.open(folder / name) as figure:
-            assert 600 <= figure.width <= 1000
-        assert f"({name})" in figure1.describe(content)
+def test_figures_1_and_2_show_four_rows_of_ten(figures, monkeypatch):
+    experiment_runs.check(figures, monkeypatch)
+    assert {path.name for path in figures.folder.glob("*.png")} == {"figure1.png", "figure2.png"}
 
 
 def test_a_row_says_which_test_images_it_has_and_how_alike_they_are(figures):
-    content, _ = figures
+    content = figures.content
     labels = data.load("mnist", "test", source="embedded").labels
     for run in content["runs"]:
         for kind, name in (("units", "unit"), ("directions", "direction")):
@@ -55,7 +41,7 @@ def test_a_row_says_which_test_images_it_has_and_how_alike_they_are(figures):
 
 
 def test_the_figures_bear_out_what_the_paper_saw(figures):
-    content, _ = figures
+    content = figures.content
     (claim,) = figure1.claims(content)
     assert claim.verdict == "holds"
     blurred = json.loads(json.dumps(content))
@@ -67,7 +53,7 @@ def test_the_figures_bear_out_what_the_paper_saw(figures):
 def test_a_unit_that_is_hardly_ever_active_does_not_count():
     phi = np.zeros((50, 3), np.float32)
     phi[:10, 1], phi[:9, 2] = 1, 1
-    assert figure1.alive(jnp.asarray(phi)).tolist() == [False, True, False]
+    assert alive(jnp.asarray(phi)).tolist() == [False, True, False]
 
 
 def test_features_are_those_of_the_named_layer():
@@ -77,33 +63,28 @@ def test_features_are_those_of_the_named_layer():
 
     net = types.SimpleNamespace(model=types.SimpleNamespace(apply=apply), params=jnp.float32(2))
     images = np.arange(24, dtype=np.float32).reshape(3, 2, 2, 2)
-    np.testing.assert_array_equal(figure1.features(net, "flat", images), 2 * images.reshape(3, 8))
+    np.testing.assert_array_equal(features(net, "flat", images), 2 * images.reshape(3, 8))
 
 
 # --- the rotation test -----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rotated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rotation")
-    return rotation.main(quick=True, out=folder), folder
+rotated = experiment_runs.quick(rotation)
 
 
-def test_both_nets_and_every_control_are_tested(rotated):
-    content, folder = rotated
-    saved = json.loads((folder / "rotation.json").read_text())
-    assert {key: saved[key] for key in content} == json.loads(json.dumps(content))
-    with Image.open(folder / "rotation.png") as figure:
-        assert 900 <= figure.width <= 1000
-    cases = rotation._by_case(content)
+def by_case(found):
+    return grouped(found.content, *rotation.CASE)
+
+
+def test_both_nets_and_every_control_are_tested(rotated, monkeypatch):
+    experiment_runs.check(rotated, monkeypatch)
+    cases = by_case(rotated)
     assert len(cases) == 2 * 2 * 3 + 2
     assert sum(map(len, cases.values())) == 2 * 13 + 1, "the images are the same for all seeds"
-    for line in rotation.describe(content).splitlines():
-        assert "nan" not in line
 
 
 def test_the_images_along_a_unit_are_the_same_before_and_after_a_sigmoid(rotated):
-    cases = rotation._by_case(rotated[0])
+    cases = by_case(rotated)
     for kind in ("units", "units, untrained"):
         before, after = (cases["FC100-100-10", stage, kind] for stage in rotation.STAGES)
         for first, second in zip(before, after, strict=True):
@@ -114,7 +95,7 @@ def test_the_images_along_a_unit_are_the_same_before_and_after_a_sigmoid(rotated
 
 
 def test_training_makes_them_alike_and_noise_and_principal_axes_do_not(rotated):
-    cases = rotation._by_case(rotated[0])
+    cases = by_case(rotated)
 
     def purity(*case):
         return np.mean([row["purity"]["identity"] for row in cases[case]])
@@ -149,10 +130,10 @@ def with_outcome(content, *, effect, identity):
 def test_the_claim_holds_only_where_the_effect_is_shown_to_be_small(
     rotated, effect, identity, verdict
 ):
-    content = with_outcome(rotated[0], effect=effect, identity=identity)
+    content = with_outcome(rotated.content, effect=effect, identity=identity)
     (claim,) = rotation.claims(content)
     assert claim.verdict == verdict
-    n = 8 if abs(effect) < rotation.MARGIN else 0
+    n = 8 if abs(effect) < MARGIN else 0
     assert f"in {n} they are shown" in claim.ours
 
 

@@ -1,9 +1,12 @@
 """Imports point down the house, and optional packages are imported late."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
+
+import experiments
 
 PACKAGE = Path(__file__).parents[1] / "advjax"
 
@@ -86,3 +89,35 @@ def test_optional_packages_are_imported_late(name):
 
 def test_the_modules_that_must_be_imported_late_are_there():
     assert MODULES.keys() >= LATE
+
+
+# --- the experiments -------------------------------------------------------------------------
+
+TABLES = Path(experiments.__file__).parent
+COMMON = {f"experiments.common.{path.stem}": path for path in (TABLES / "common").glob("*.py")}
+
+
+def other_rooms(path):
+    """What a module imports of the experiments, but for what is common to them."""
+    names = [name.split(".") for name in imports(path) if name.split(".")[0] == "experiments"]
+    return {".".join(name) for name in names if name[1:2] != ["common"]}
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_an_experiment_imports_from_common_and_the_library_alone(name):
+    assert not other_rooms(TABLES / f"{name}.py")
+
+
+@pytest.mark.parametrize("path", COMMON.values(), ids=COMMON)
+def test_what_is_common_imports_no_experiment(path):
+    assert not other_rooms(path)
+
+
+def test_what_is_common_has_no_import_circle():
+    graph = {name: COMMON.keys() & set(imports(path)) for name, path in COMMON.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(COMMON)
+
+
+def test_every_module_beside_common_is_in_the_list_of_experiments():
+    modules = {path.stem for path in TABLES.glob("*.py")}
+    assert modules == {"__init__", "__main__", "report", *experiments.EXPERIMENTS}

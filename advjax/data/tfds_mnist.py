@@ -6,7 +6,6 @@ are the same. Import this module late: tensorflow-datasets is an optional depend
 """
 
 import gzip
-import hashlib
 import http.client
 import math
 import os
@@ -15,6 +14,7 @@ import threading
 import types
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.image_classification import mnist
+
+from advjax import files
 
 PROBE_SECONDS = 3.0
 
@@ -108,11 +110,7 @@ def read(
 
 def fingerprint(builder: tfds.core.DatasetBuilder, split: str) -> str:
     """Return a hash of the files in which a split is stored."""
-    digest = hashlib.sha256()
-    for path in builder.info.splits[split].filepaths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    return files.digest(*map(Path, builder.info.splits[split].filepaths))
 
 
 def _read_idx(path: os.PathLike[str], shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from advjax.types import LogitsFn
-from experiments.peers import Outcome, Way
+from experiments.common.peers import Outcome, Way
 
 
 def require(*packages: str) -> None:

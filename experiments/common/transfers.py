@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,11 @@ import scipy.stats
 from jaxtyping import Array, Float, Key
 
 from advjax import metrics, transfer
-from advjax.types import Box
-from experiments import nets, paper, results
+from advjax.attacks import Attack
+from advjax.types import Box, LogitsFn
+from experiments.common import markdown, networks, paper, statistics
+from experiments.common.measure import Content, Row, grouped
+from experiments.common.victims import Victims, attack_victims
 
 NOISE = "noise of the same RMS"
 SIGNS = "random signs"
@@ -29,20 +32,22 @@ class Images(NamedTuple):
     xs: Float[Array | np.ndarray, "n *shape"]
 
 
-Found = dict[tuple[str, str | None], list[results.Row]]
+Found = dict[tuple[str, str | None], list[Row]]
 """For each kind and net the row of every seed."""
 
 
 # --- measuring -------------------------------------------------------------------------------
 
 
-def adversarial(attack: Callable[..., Any], net: nets.Net, chosen: nets.Victims) -> Images:
+def adversarial(
+    make: Callable[[LogitsFn], Attack], net: networks.Network, chosen: Victims
+) -> Images:
     """Images that an attack distorted for a net."""
-    x_adv = nets.attack_victims(attack, net, chosen).x_adv
-    return Images(attack.__name__, net.name, x_adv)
+    attack, name = make(net.logits_fn), make.__name__
+    return Images(name, net.name, attack_victims(attack, chosen, f"{net.name}: {name}").x_adv)
 
 
-def controls(key: Key[Array, ""], chosen: nets.Victims, images: Images) -> list[Images]:
+def controls(key: Key[Array, ""], chosen: Victims, images: Images) -> list[Images]:
     """Noise as far from each image as its adversarial one, and that one with random signs."""
     noise_keys, sign_keys = jax.random.split(key, (2, len(images.xs)))
     rms = jax.vmap(metrics.distortion)(chosen.images, images.xs)
@@ -52,7 +57,7 @@ def controls(key: Key[Array, ""], chosen: nets.Victims, images: Images) -> list[
 
 
 def gaussian(
-    key: Key[Array, ""], chosen: nets.Victims, stddev: float, *, clipped: bool = False
+    key: Key[Array, ""], chosen: Victims, stddev: float, *, clipped: bool = False
 ) -> Images:
     """The paper's control: noise of one stddev, which may leave the box unless it is clipped."""
     add = functools.partial(transfer.gaussian, rms=stddev, box=Box() if clipped else None)
@@ -66,7 +71,7 @@ def gaussian_kind(stddev: float) -> str:
     return f"Gaussian {stddev:g}"
 
 
-def magnified(chosen: nets.Victims, images: Images, rms: float) -> Images:
+def magnified(chosen: Victims, images: Images, rms: float) -> Images:
     """The same distortions, each brought to an RMS; they may leave the box, as in the paper."""
     xs = jax.vmap(functools.partial(transfer.magnify, rms=rms))(chosen.images, images.xs)
     return Images(magnified_kind(images.kind, rms), images.made_for, xs)
@@ -77,11 +82,9 @@ def magnified_kind(kind: str, rms: float) -> str:
     return f"{kind} at {rms:g}"
 
 
-def count(
-    columns: Mapping[str, nets.Net], chosen: nets.Victims, sets: Sequence[Images]
-) -> results.Row:
+def count(columns: Mapping[str, networks.Network], chosen: Victims, sets: Sequence[Images]) -> Row:
     """How many images of each set each net gets wrong: of all, and of those that it had right."""
-    few = slice(results.PAPER_IMAGES)
+    few = slice(statistics.PAPER_IMAGES)
     stacks = [jnp.asarray(images.xs) for images in sets]
     matrix = functools.partial(
         transfer.transfer_matrix, [net.logits_fn for net in columns.values()]
@@ -105,27 +108,25 @@ def count(
 # --- over seeds ------------------------------------------------------------------------------
 
 
-def by_row(content: Mapping[str, Any]) -> tuple[list[str], Found]:
+def by_row(content: Content) -> tuple[list[str], Found]:
     """The columns, and the rows of all seeds."""
-    found: Found = {}
-    for run in content["runs"]:
-        for row in run["rows"]:
-            found.setdefault((row["kind"], row["made_for"]), []).append(row)
-    return content["runs"][0]["nets"], found
+    return content["runs"][0]["nets"], grouped(content, "kind", "made_for")
 
 
-def rates(rows: Sequence[results.Row], of: str = "") -> list[results.Estimate]:
+def rates(rows: Sequence[Row], of: str = "") -> list[statistics.Estimate]:
     """For each column its error; `of` is "_256" for the first images, "_net" for net transfer."""
     columns = range(len(rows[0]["wrong"]))
     return [
-        results.share(*([row[f"{what}{of}"][i] for row in rows] for what in ("wrong", "total")))
+        statistics.fraction(
+            *([row[f"{what}{of}"][i] for row in rows] for what in ("wrong", "total"))
+        )
         for i in columns
     ]
 
 
 def table(
     columns: Sequence[str],
-    lines: Mapping[str, Sequence[results.Row]],
+    lines: Mapping[str, Sequence[Row]],
     printed: Mapping[str, paper.Transfer],
     *,
     of: str = "",
@@ -140,18 +141,18 @@ def table(
         of: As in `rates`.
     """
 
-    def line(title: str, rows: Sequence[results.Row]) -> Iterator[str]:
+    def line(title: str, rows: Sequence[Row]) -> Iterator[str]:
         yield title
         for name, rate in zip(columns, rates(rows, of), strict=True):
-            text = results.percent(rate, 1).removesuffix(" %")
+            text = markdown.percent(rate, 1, unit="")
             if title in printed:
-                mark = "✓" if results.agrees(rate, printed[title].errors[name] / 100) else "✗"
+                mark = "✓" if statistics.agrees(rate, printed[title].errors[name] / 100) else "✗"
                 text += f" ({printed[title].errors[name]:g} {mark})"
             yield text
         text = f"{np.mean([row['distortion'] for row in rows]):.3f}"
         yield text + (f" ({printed[title].distortion:g})" if title in printed else "")
 
-    return results.table(
+    return markdown.grid(
         ("errors, % (paper)", *columns, "distortion"),
         (tuple(line(title, rows)) for title, rows in lines.items()),
     )
@@ -162,7 +163,7 @@ def agreement(
 ) -> tuple[int, int]:
     """How many of the first images' rates between different nets agree with the paper's, of all."""
     marks = [
-        results.agrees(rates(found[kind, row], "_256")[i], printed[row].errors[column] / 100)
+        statistics.agrees(rates(found[kind, row], "_256")[i], printed[row].errors[column] / 100)
         for row, i, column in _different(columns)
     ]
     return sum(marks), len(marks)
@@ -171,9 +172,9 @@ def agreement(
 class Above(NamedTuple):
     """Transfer between different nets beside a control's."""
 
-    transfer: results.Estimate
+    transfer: statistics.Estimate
     """The mean over all pairs of nets."""
-    control: results.Estimate
+    control: statistics.Estimate
     p_value: float
     """Of the means: Student's paired test over seeds, one-sided."""
     significant: int
@@ -182,7 +183,7 @@ class Above(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{results.percent(self.transfer, 1)} against {results.percent(self.control, 1)} "
+            f"{markdown.percent(self.transfer, 1)} against {markdown.percent(self.control, 1)} "
             f"(p = {self.p_value:.1g}), in {self.significant} of {self.pairs} pairs of nets "
             "significant by itself"
         )
@@ -203,8 +204,8 @@ def above(columns: Sequence[str], found: Found, kind: str, control: str) -> Abov
     means, others = np.mean(pairs, axis=0)
     ordered = np.sort(p_values) * np.arange(len(p_values), 0, -1)
     return Above(
-        results.mean(means),
-        results.mean(others),
+        statistics.mean(means),
+        statistics.mean(others),
         float(scipy.stats.ttest_rel(means, others, alternative="greater").pvalue),
         int((np.maximum.accumulate(ordered) < 0.05).sum()),
         len(p_values),

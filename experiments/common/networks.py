@@ -14,19 +14,18 @@ units, and the paper does not tell which one it took; ours has a test error of 0
 """
 
 import functools
-import hashlib
 import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
-from advjax import attacks, data, losses, models, runner, training
+from advjax import data, files, losses, models, training
 from advjax.data import cache
+from experiments.common import paper
 
 
 class Pretraining(NamedTuple):
@@ -54,7 +53,7 @@ class Recipe(NamedTuple):
     pretraining: Pretraining | None = None
 
 
-class Net(NamedTuple):
+class Network(NamedTuple):
     """A trained network."""
 
     name: str
@@ -65,15 +64,6 @@ class Net(NamedTuple):
     def logits_fn(self) -> jax.tree_util.Partial:
         """The classifier of one image: a pytree, so that new parameters do not recompile."""
         return jax.tree_util.Partial(self.model.apply, self.params)
-
-
-class Victims(NamedTuple):
-    """Test images to attack, with a class for each to reach."""
-
-    indices: Int[np.ndarray, " n"]
-    images: Float[np.ndarray, " n *shape"]
-    labels: Int[np.ndarray, " n"]
-    targets: Int[np.ndarray, " n"]
 
 
 MIN_STEPS = 3000
@@ -100,122 +90,64 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def table1(quick: bool) -> tuple[str, ...]:
+    """The names of the networks of Table 1; for a trial a linear one and a sigmoid one."""
+    names = tuple(paper.TABLE1)
+    return names[:4:3] if quick else names
+
+
 def train(
-    name: str,
-    images: Float[np.ndarray, " n *shape"],
-    labels: Int[np.ndarray, " n"],
-    *,
-    key: Key[Array, ""],
-    steps: int | None = None,
-) -> Net:
+    key: Key[Array, ""], name: str, split: data.Dataset, *, steps: int | None = None
+) -> Network:
     """Trains one of the paper's networks, with a progress bar.
 
     Args:
-        name: A key of `RECIPES`, the paper's name of the network.
-        images: The training images, with pixels in [0, 1].
-        labels: Their classes.
         key: For the initial parameters and the order of the images.
-        steps: How many steps to train for, rounded up to whole epochs; the recipe's, if None.
-
-    Returns:
-        The network.
+        name: A key of `RECIPES`, the paper's name of the network.
+        split: The training images.
+        steps: How many steps to train for, rounded up to whole epochs; the recipe's if None.
 
     Raises:
         ValueError: If there is no such network.
     """
     recipe = _recipe(name)
     init_key, order_key = jax.random.split(key)
-    params = recipe.model.init(init_key, images[0])
-    print(f"{name}: training on {len(images):,} images", flush=True)
+    params = recipe.model.init(init_key, split.images[0])
+    print(f"{name}: training on {len(split.images):,} images", flush=True)
+    given: tuple[Any, ...] = (params, split.images, split.labels)
     options: dict[str, Any] = {"key": order_key, "steps": steps}
     if recipe.pretraining is None:
-        params = _fit_classifier(recipe, params, images, labels, **options)
+        params = _fit_classifier(recipe, *given, **options)
     else:
-        params = _fit_on_code(recipe, recipe.pretraining, params, images, labels, **options)
-    return Net(name, recipe.model, params)
+        params = _fit_on_code(recipe, recipe.pretraining, *given, **options)
+    return Network(name, recipe.model, params)
 
 
 def load_or_train(
-    name: str,
-    images: Float[np.ndarray, " n *shape"],
-    labels: Int[np.ndarray, " n"],
-    *,
-    key: Key[Array, ""],
-    steps: int | None = None,
-) -> Net:
-    """Trains as `train` does, once: the parameters are kept in the cache folder of advjax.
+    key: Key[Array, ""], name: str, split: data.Dataset, *, steps: int | None = None
+) -> Network:
+    """Trains as `train` does, once: the parameters are kept in advjax's cache folder.
 
-    What identifies them is a hash of all that defines them: the architecture, the recipe, the
-    number of steps, the images and labels, and the key. A damaged file is made anew.
+    They are identified by a hash of all that defines them: the architecture, the recipe, the number
+    of steps, the images and labels, and the key. A damaged file is made anew.
     """
     recipe = _recipe(name)
-    fingerprint = _fingerprint(recipe, images, labels, key, steps)
-    path = cache.folder() / f"{name}-{fingerprint}.safetensors"
+    path = cache.folder() / f"{name}-{_fingerprint(recipe, split, key, steps)}.safetensors"
     if path.exists():
         try:
-            net = Net(name, recipe.model, models.load(path))
+            network = Network(name, recipe.model, models.load(path))
         except ValueError:
             pass
         else:
             print(f"{name}: trained before, read from {path}", flush=True)
-            return net
-    net = train(name, images, labels, key=key, steps=steps)
+            return network
+    network = train(key, name, split, steps=steps)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        models.save(path, net.params)
+        models.save(path, network.params)
     except OSError as error:
-        warnings.warn(f"could not keep the trained net in {path}: {error}", stacklevel=2)
-    return net
-
-
-def victims(net: Net, test: data.Dataset, count: int | None = None) -> Victims:
-    """The first images that a net gets right, all if None, each with a fixed other class."""
-    predictions = jax.vmap(net.logits_fn)(test.images).argmax(axis=1)
-    indices = np.flatnonzero(predictions == test.labels)[:count]
-    labels = test.labels[indices]
-    targets = (labels + 1 + np.arange(len(indices)) % 9) % 10
-    return Victims(indices, test.images[indices], labels, targets)
-
-
-def random_victims(key: Key[Array, ""], split: data.Dataset, count: int) -> Victims:
-    """Randomly chosen images, whether or not a net gets them right, each with a random other class.
-
-    Of one key a larger number begins with the images of a smaller one.
-    """
-    image_key, target_key = jax.random.split(key)
-    indices = np.asarray(jax.random.permutation(image_key, len(split.labels)))[:count]
-    labels = split.labels[indices]
-    shifts = np.asarray(jax.random.randint(target_key, split.labels.shape, 1, 10))[: len(labels)]
-    return Victims(indices, split.images[indices], labels, (labels + shifts) % 10)
-
-
-def attack_victims(
-    attack: Callable[..., attacks.AttackResult], net: Net, chosen: Victims
-) -> attacks.AttackResult:
-    """Attacks each image towards its target, with a bar; `functools.partial` binds options."""
-    name = getattr(attack, "func", attack).__name__
-    return runner.attack_images(
-        functools.partial(attack, net.logits_fn),
-        chosen.images,
-        chosen.targets,
-        progress=f"{net.name}: {name}",
-    )
-
-
-def attack_every_class(
-    attack: Callable[..., attacks.AttackResult], net: Net, chosen: Victims
-) -> attacks.AttackResult:
-    """The nearest of the nine other classes, as `attacks.untargeted` takes it, with a bar.
-
-    With a lane of the runner for each target it takes a fraction of the time, as no image waits for
-    the slowest of its targets.
-    """
-    classes = np.arange(10)
-    others = np.stack([classes[classes != label] for label in chosen.labels])
-    each = Victims(*(np.repeat(field, 9, axis=0) for field in chosen))
-    every = attack_victims(attack, net, each._replace(targets=others.ravel()))
-    nearest = np.where(every.success, every.distortion, np.inf).reshape(-1, 9).argmin(axis=1)
-    return jax.tree.map(lambda leaf: leaf[9 * np.arange(len(others)) + nearest], every)
+        warnings.warn(f"could not keep the trained network in {path}: {error}", stacklevel=2)
+    return network
 
 
 def _recipe(name: str) -> Recipe:
@@ -323,16 +255,14 @@ def _epochs(recipe: Recipe | Pretraining, n: int, steps: int | None) -> int:
 
 
 def _fingerprint(
-    recipe: Recipe, images: np.ndarray, labels: np.ndarray, key: Key[Array, ""], steps: int | None
+    recipe: Recipe, split: data.Dataset, key: Key[Array, ""], steps: int | None
 ) -> str:
     # The lowered program tells the architecture with its activations, which no `repr` would.
+    images, labels, _ = split
     params = jax.eval_shape(recipe.model.init, key, images[0])
     architecture = jax.jit(recipe.model.apply).lower(params, images[0]).as_text()
     stages = (recipe, recipe.pretraining) if recipe.pretraining else (recipe,)
     epochs = [_epochs(stage, len(images), steps) for stage in stages]
-    recipe_text = repr((recipe._replace(model=None), *epochs))
-    digest = hashlib.sha256(f"{architecture}\n{recipe_text}\n{key.dtype}".encode())
-    for array in (images, labels, np.asarray(jax.random.key_data(key))):
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:16]
+    return files.digest(
+        f"{architecture}\n{(recipe._replace(model=None), *epochs)!r}", images, labels, key
+    )

@@ -1,4 +1,4 @@
-"""Makes the sample of MNIST that is inside the package: `python -m experiments.make_mnist_sample`.
+"""Makes the sample of MNIST inside the package: `python -m experiments.common.make_mnist_sample`.
 
 The first 500 training and the first 100 test images of each digit, in the order of
 tensorflow-datasets, which mixes the classes. A few seconds; the same bytes each time.

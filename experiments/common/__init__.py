@@ -1,0 +1,1 @@
+"""What the experiments share: measuring, statistics, networks, and the paper's numbers."""

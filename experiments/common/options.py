@@ -1,0 +1,175 @@
+"""The options of the experiments: what several of them share is declared and documented here."""
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+from advjax import data
+
+PHOTOGRAPHS = "photographs"
+"""The data set of the experiments that are not on digits."""
+
+Name = Literal["mnist", "fashion_mnist"]
+Source = Literal["auto", "tfds", "embedded"]
+
+
+def trial(**options: Any) -> Mapping[str, Any]:
+    """What replaces other options in a trial."""
+    return MappingProxyType(options)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every experiment can be told. Subclasses add fields, each with its docstring."""
+
+    out: Path = Path("results")
+    """The folder for the numbers and the figures."""
+    quick: bool = False
+    """A trial of about a minute: few images, and networks that are trained briefly."""
+    reuse: bool = False
+    """Take the numbers that are in `out` if they are of the same options."""
+
+    TRIAL: ClassVar[Mapping[str, Any]] = trial()
+    TRIAL_STEPS: ClassVar[int] = 300
+    """For how many steps a network is trained in a trial."""
+
+    @property
+    def steps(self) -> int | None:
+        """For how many steps networks are trained; for as many as their recipes say if None."""
+        return self.TRIAL_STEPS if self.quick else None
+
+    @property
+    def expected_source(self) -> str:
+        """Where the data come from if they can be had."""
+        raise NotImplementedError
+
+    def load(self) -> Any:
+        """Loads what is measured on, which has the data sets under `splits`."""
+        raise NotImplementedError
+
+    def resolved(self) -> Self:
+        """These options, with those of a trial filled in if it is one."""
+        return dataclasses.replace(self, **self.TRIAL) if self.quick else self
+
+    def config(self) -> dict[str, Any]:
+        """The options that bear on the numbers, as JSON has them; those of all experiments last."""
+        given = {name: _plain(value) for name, value in vars(self).items()}
+        shared = {"dataset": PHOTOGRAPHS, "quick": False, "seeds": 1}
+        elsewhere = {*shared, "out", "reuse", "source", "folder"}
+        own = {name: value for name, value in given.items() if name not in elsewhere}
+        return {name: value for name, value in own.items() if _is_set(value)} | {
+            name: given.get(name, value) for name, value in shared.items()
+        }
+
+    def command(self, name: str, source: str) -> str:
+        """The command that measures an experiment with these options on data of this source."""
+        given = {**self.config(), "source": source, "folder": _plain(getattr(self, "folder", None))}
+        flags = [
+            f" --{option.replace('_', '-')}" + ("" if value is True else f" {_words(value)}")
+            for option, value in given.items()
+            if hasattr(self, option) and _is_set(value)
+        ]
+        return f"python -m experiments {name}{''.join(flags)}"
+
+
+class Digits(NamedTuple):
+    """A data set of small images, MNIST or another of its form."""
+
+    train: data.Dataset
+    test: data.Dataset
+
+    @property
+    def splits(self) -> tuple[data.Dataset, ...]:
+        """What is measured on."""
+        return tuple(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DigitOptions(Options):
+    """Those of an experiment on MNIST, or on a data set of its form."""
+
+    dataset: Name = "mnist"
+    """The data set."""
+    source: Source = "auto"
+    """Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or the
+    first of both that can be had. In a trial it is the sample."""
+    seeds: int = 1
+    """How many times to measure, each time with networks trained anew and other images."""
+
+    @property
+    def expected_source(self) -> str:
+        """The source that is preferred; whether it can be had is seen when loading."""
+        if self.quick and self.dataset == "mnist":
+            return "embedded"
+        return "tfds" if self.source == "auto" else self.source
+
+    def load(self) -> Digits:
+        """Loads the training and the test images, both from one source, and says which.
+
+        In a trial they are the sample of MNIST inside the package, or as many of another set.
+        """
+        source = "embedded" if self.expected_source == "embedded" else self.source
+        with warnings.catch_warnings(record=True) as caught:
+            train = data.load(self.dataset, "train", source=source)
+        for warning in caught:
+            print(f"Note: {warning.message}", file=sys.stderr)
+        found: Source = "tfds" if train.source == "tfds" else "embedded"
+        digits = Digits(train, data.load(self.dataset, "test", source=found))
+        if self.quick:
+            digits = Digits(*map(first, digits, (5000, 1000)))
+        where = {"tfds": "tensorflow-datasets", "embedded": "the sample inside the package"}
+        print(
+            f"{self.dataset}, {where[found]}: {len(digits.train.labels):,} training and "
+            f"{len(digits.test.labels):,} test images.",
+            flush=True,
+        )
+        return digits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VictimOptions(DigitOptions):
+    """Those of an experiment that attacks images for networks trained on others."""
+
+    images: int = 1000
+    """How many images to attack for each seed."""
+    seeds: int = 5
+    TRIAL = trial(images=64, seeds=2)
+
+
+def first(split: data.Dataset, count: int) -> data.Dataset:
+    """The first images of a data set."""
+    return split._replace(images=split.images[:count], labels=split.labels[:count])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhotographOptions(Options):
+    """Those of an experiment on photographs."""
+
+    folder: Path | None = None
+    """A folder of photographs whose names or folders tell ImageNet's class; foolbox's twenty if
+    None."""
+
+    @property
+    def expected_source(self) -> str:
+        """Where the photographs come from."""
+        return "foolbox" if self.folder is None else str(self.folder.expanduser())
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if _many(value) else value
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, tuple | list)
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if _many(value) else str(value)

@@ -1,0 +1,53 @@
+"""How long attacks take, and their gradients alone."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from advjax import attacks, losses
+
+BATCH_SIZE = 100
+"""Of the gradients that a time is set beside."""
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What a function returns, and the seconds of the best of three calls once it has compiled."""
+    result = jax.block_until_ready(function(*arguments))
+    return result, min(_seconds(function, *arguments) for _ in range(3))
+
+
+def vmapped(attack: attacks.Attack) -> Callable[..., attacks.AttackResult]:
+    """An attack on a batch, compiled; the parameters of its model are arguments of the program."""
+    return functools.partial(_attack_batch, jax.device_put(attack))
+
+
+@jax.jit
+def _attack_batch(attack: attacks.Attack, xs: Array, targets: Array) -> attacks.AttackResult:
+    return jax.vmap(attack)(xs, targets)
+
+
+def time_of_a_gradient(
+    logits_fn: jax.tree_util.Partial, xs: np.ndarray, targets: np.ndarray, *, repeats: int = 100
+) -> float:
+    """The seconds an image of value and gradient of the loss in one batch: the best of many."""
+
+    @jax.jit
+    def value_and_grad(logits_fn, xs, targets):
+        def loss(x, target):
+            return losses.cross_entropy(logits_fn(x), target)
+
+        return jax.vmap(jax.value_and_grad(loss))(xs, targets)
+
+    arguments = jax.device_put((logits_fn, xs, targets))
+    return min(_seconds(value_and_grad, *arguments) for _ in range(repeats)) / len(xs)
+
+
+def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
