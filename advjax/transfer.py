@@ -37,7 +37,7 @@ class Interval(NamedTuple):
 
 def transfer_matrix(
     logits_fns: Sequence[LogitsFn],
-    xs_adv: Sequence[ArrayLike] | ArrayLike,
+    xs_adv: Sequence[ArrayLike] | Array,
     labels: ArrayLike,
     *,
     xs: ArrayLike | None = None,

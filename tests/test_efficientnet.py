@@ -284,7 +284,7 @@ def test_an_entry_of_a_wrong_shape_is_named(weights, name):
 
 
 def test_weights_of_another_number_of_classes_are_refused_with_the_remedy(weights):
-    with pytest.raises(ValueError, match=r"_fc\.weight: .* \(1000, 1280\); choose .* classes"):
+    with pytest.raises(ValueError, match=r"_fc\.weight: .* \(1000, 1280\); set .* classes"):
         models.efficientnet_lite0_from_torch(models.EfficientNetLite0(), weights)
 
 

@@ -258,9 +258,9 @@ def test_the_running_statistics_of_batch_normalization_are_not_trained(optimizer
 def test_a_collection_that_is_not_trained_changes_nothing_else():
     model, params, images, labels = small_problem()
     cached = params | {"cache": {"index": jnp.arange(3), "table": jnp.ones((2, 2))}}
-    options = {"key": KEY, "epochs": 3, "penalty": training.weight_decay((0.1,))}
-    expected = training.fit(model.apply, params, images, labels, **options)
-    result = training.fit(model.apply, cached, images, labels, **options)
+    options = {"epochs": 3, "penalty": training.weight_decay((0.1,))}
+    expected = training.fit(KEY, model.apply, params, images, labels, **options)
+    result = training.fit(KEY, model.apply, cached, images, labels, **options)
     assert_trees_equal(result.params, expected.params | {"cache": cached["cache"]})
     np.testing.assert_array_equal(result.losses, expected.losses)
 

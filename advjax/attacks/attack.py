@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from advjax.types import Box, LogitsFn
 _ROUNDING_OF_SUM = 1e-2  # of probabilities, which bfloat16 rounds
 
 
+@runtime_checkable
 class Method(Protocol):
     """What tells one attack from another: four pure functions of an attack and one image.
 

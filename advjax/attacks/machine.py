@@ -10,7 +10,7 @@ Read `Search.step` from top to bottom: evaluate, look, keep the best, decide, go
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,7 @@ class Verdict(NamedTuple):
     """Whether the search should end without having converged."""
 
 
+@runtime_checkable
 class Formulation(Protocol):
     """A penalised form of problem (1), `size(r) + loss(logits)`, and how its parameters change.
 

@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ class SolverState(NamedTuple):
     """What only the solver itself reads."""
 
 
+@runtime_checkable
 class InitFn(Protocol):
     """`(value_and_grad, x0, box, first_step=None) -> state`, without an evaluation."""
 

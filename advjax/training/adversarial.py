@@ -62,8 +62,8 @@ def adversarial(
         logits_fn: The model: logits `(classes,)` of ONE example like `x`.
         x: The example.
         label: Its true class.
-        attack: `logits_fn -> Attack`: `attacks.lbfgs`, `attacks.minimum_norm`, or one of them with
-            options, such as `functools.partial(attacks.lbfgs, tol=0.1)`.
+        attack: `logits_fn -> Attack`, such as `attacks.lbfgs`, `attacks.minimum_norm`, or one of
+            them with options, `functools.partial(attacks.lbfgs, tol=0.1)`.
 
     Returns:
         The adversarial example, or `x` itself if none was found.
