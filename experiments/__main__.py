@@ -39,7 +39,10 @@ def run(args: Sequence[str]) -> int:
     try:
         import tyro
     except ImportError:
-        print("The experiments need more: pip install 'advjax[experiments]'.", file=sys.stderr)
+        print(
+            "The experiments need more packages: pip install 'advjax[experiments]'.",
+            file=sys.stderr,
+        )
         return 1
     from experiments.common import measure
 
@@ -63,10 +66,10 @@ def run(args: Sequence[str]) -> int:
 
 
 def use_all_cores() -> None:
-    """A device for each core: attacks on small images keep but one busy each."""
+    """Use one device per core, as an attack on small images keeps only one core busy."""
     import jax
 
-    with contextlib.suppress(RuntimeError):  # as when JAX has computed something already
+    with contextlib.suppress(RuntimeError):  # if JAX is already initialised
         jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
 
 

@@ -55,7 +55,7 @@ def check(found: Run, monkeypatch: pytest.MonkeyPatch, *, kilobytes: int = 400) 
     before = [picture.read_bytes() for picture in pictures]
     for picture in pictures:
         with Image.open(picture) as figure:
-            assert 600 <= figure.width <= 1000
+            assert 250 <= figure.width <= 1000
         assert picture.stat().st_size < 1000 * kilobytes
         picture.unlink()
     monkeypatch.setattr(experiment, "measure", None)

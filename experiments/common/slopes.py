@@ -1,4 +1,4 @@
-"""Estimates from below of the norm of a layer, and of the slope of a network."""
+"""Lower estimates of the norm of a layer, and of the slope of a network."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Linear = Dense | Convolution
 
 
 def input_like(layer: Linear, kernel: Float[Array, "*kernel"]) -> jax.ShapeDtypeStruct:
-    """The shape of the input of a layer."""
+    """The shape of a layer's input."""
     return jax.ShapeDtypeStruct(layer.input_shape(kernel.shape), kernel.dtype)
 
 
@@ -23,14 +23,14 @@ def input_like(layer: Linear, kernel: Float[Array, "*kernel"]) -> jax.ShapeDtype
 def estimate(
     method: Callable[..., lipschitz.Estimate], layer: Linear, kernel: Float[Array, "*kernel"]
 ) -> Float[Array, ""]:
-    """The norm of a layer from below, by power iteration or Lanczos from one start."""
+    """Estimate the norm of a layer from below, by power iteration or Lanczos from one start."""
     apply, like = functools.partial(layer.apply, kernel), input_like(layer, kernel)
     return method(apply, like, key=jax.random.key(0), num_starts=1).value
 
 
 @jax.jit
 def steepest(logits_fn: Callable, inputs: Float[Array, "n *shape"]) -> Float[Array, ""]:
-    """The largest norm of a Jacobian at the inputs, from below."""
+    """Estimate the largest norm of the Jacobians at the inputs from below."""
 
     def slope(x):
         _, jacobian = jax.linearize(logits_fn, x)

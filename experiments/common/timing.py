@@ -12,17 +12,17 @@ from jaxtyping import Array
 from advjax import attacks, losses
 
 BATCH_SIZE = 100
-"""Of the gradients that a time is set beside."""
+"""The batch size at which gradients are timed."""
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What a function returns, and the seconds of the best of three calls once it has compiled."""
+    """Return the result of a function, and the seconds of the best of three calls once compiled."""
     result = jax.block_until_ready(function(*arguments))
     return result, min(_seconds(function, *arguments) for _ in range(3))
 
 
 def vmapped(attack: attacks.Attack) -> Callable[..., attacks.AttackResult]:
-    """An attack on a batch, compiled; the parameters of its model are arguments of the program."""
+    """Compile an attack for batches, with the parameters of its model as arguments."""
     return functools.partial(_attack_batch, jax.device_put(attack))
 
 
@@ -34,7 +34,7 @@ def _attack_batch(attack: attacks.Attack, xs: Array, targets: Array) -> attacks.
 def time_of_a_gradient(
     logits_fn: jax.tree_util.Partial, xs: np.ndarray, targets: np.ndarray, *, repeats: int = 100
 ) -> float:
-    """The seconds an image of value and gradient of the loss in one batch: the best of many."""
+    """The seconds per image of the loss and its gradient in one batch: the best of many calls."""
 
     @jax.jit
     def value_and_grad(logits_fn, xs, targets):
