@@ -1,8 +1,9 @@
 """Minimum-distortion adversarial examples in JAX, as pure functions.
 
-An implementation of "Intriguing properties of neural networks" (Szegedy et al., 2013,
-arXiv:1312.6199).
+Reference: Szegedy et al. (2013), "Intriguing properties of neural networks", arXiv:1312.6199.
 """
+
+import importlib.metadata
 
 from advjax import (
     attacks,
@@ -20,9 +21,15 @@ from advjax import (
 )
 from advjax.types import Box, LogitsFn
 
+try:
+    __version__ = importlib.metadata.version("advjax")
+except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "unknown"
+
 __all__ = [
     "Box",
     "LogitsFn",
+    "__version__",
     "attacks",
     "data",
     "lipschitz",

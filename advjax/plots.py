@@ -1,17 +1,16 @@
-"""Drawings of finished results, as Matplotlib figures.
+"""Draws finished results as Matplotlib figures.
 
-The figures are bare `matplotlib.figure.Figure`s, without pyplot and its global state; save one with
-`figure.savefig("name.png")`. Images are laid out in whole pixels at the figure's own resolution, so
-that every pixel of a small image is a sharp square.
+Each function returns a `matplotlib.figure.Figure` that is independent of pyplot and its global
+state; save it with `figure.savefig("name.png")`. Images are placed on whole pixels at the figure's
+own resolution, so that every pixel of a small image is a sharp square.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
 
 from advjax import metrics
 
@@ -19,52 +18,52 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 100
-_CELL = 112  # pixels, the longer side of an image
+_CELL = 112  # pixels on the longer side of an image
 _GAP = 2
 _TITLE = 24
 _MARGIN = 8
 
 
 def adversarial_grid(
-    images: Float[ArrayLike, " n *shape"],
-    x_advs: Float[ArrayLike, " n *shape"],
+    images: ArrayLike,
+    xs_adv: ArrayLike,
     *,
     labels: Iterable[object] | None = None,
     predictions: Iterable[object] | None = None,
     magnify: float = 2.0,
 ) -> "Figure":
-    """Draw adversarial images under the originals, with the differences between.
+    """Draw adversarial images below the originals, with the differences in between.
 
-    One column for each image, titled with the class before and after; under it the distortion, its
-    RMS over the pixels. Differences are multiplied by `magnify` and shifted to the middle of the
-    scale, as in the paper; those of grey images are white at 0, red where it became brighter, and
-    blue where darker.
+    Each image has a column, with its class before and after in the title, and the distortion, the
+    RMS over its pixels, at the bottom. Differences are multiplied by `magnify` and shifted to the
+    middle of the scale, as in the paper; for grey images, white is no difference, red is brighter
+    and blue is darker.
 
     Args:
-        images: The originals `(n, height, width)`, `(n, height, width, 1)` or RGB
-            `(n, height, width, 3)`, with pixels in [0, 1].
-        x_advs: The adversarial images, of the same shape.
-        labels: The class of each original: an integer or a name.
-        predictions: What the model takes each adversarial image for.
-        magnify: The factor on the differences.
+        images: The originals, with pixels in [0, 1]: `(n, height, width)`, `(n, height, width, 1)`
+            or, in RGB, `(n, height, width, 3)`.
+        xs_adv: The adversarial images, of the same shape.
+        labels: The class of each original, an integer or a name.
+        predictions: The class that the model predicts for each adversarial image.
+        magnify: Factor of the differences.
 
     Returns:
-        A figure, `112 n` pixels and a little wide.
+        A figure, slightly wider than `112 * n` pixels.
 
     Raises:
-        ValueError: If the shapes are not those, or there is not one label or prediction an image.
+        ValueError: If a shape is wrong, or there is not one label or prediction per image.
         ImportError: If Matplotlib is not installed.
 
-    Source: Szegedy et al. (2013), figures 5 and 7.
+    Reference: Szegedy et al. (2013), figures 5 and 7.
     """
-    images, x_advs = _image_pair("x_advs", images, x_advs)
+    images, xs_adv = _image_pair("xs_adv", images, xs_adv)
     n = len(images)
     titles = [" → ".join(map(str, names)) for names in _columns(n, labels, predictions)]
-    rms = jax.vmap(metrics.distortion)(images, x_advs)
+    rms = jax.vmap(metrics.distortion)(images, xs_adv)
     rows = {
         "original": images,
-        f"difference\n× {magnify:g}": np.clip(0.5 + magnify * (x_advs - images), 0, 1),  # noqa: RUF001
-        "adversarial": np.clip(x_advs, 0, 1),
+        f"difference\n× {magnify:g}": np.clip(0.5 + magnify * (xs_adv - images), 0, 1),  # noqa: RUF001
+        "adversarial": np.clip(xs_adv, 0, 1),
     }
     colormaps = ["gray", "RdBu_r", "gray"]
 
@@ -89,25 +88,25 @@ def adversarial_grid(
 
 
 def distorted_pairs(
-    panels: Sequence[tuple[str, Float[ArrayLike, " n *shape"], Float[ArrayLike, " n *shape"]]],
+    panels: Sequence[tuple[str, ArrayLike, ArrayLike]],
     *,
     pairs_per_row: int = 2,
 ) -> "Figure":
-    """Draw panels side by side, with the originals in odd columns, each left of its distortion.
+    """Draw panels side by side, each of originals with their distorted images to the right.
 
     Args:
-        panels: For each panel a title, originals and distorted images, as in `adversarial_grid`;
-            what lies outside [0, 1] is shown as the nearest bound. All panels are of one shape.
-        pairs_per_row: How many pairs a row of a panel has.
+        panels: For each panel a title, the originals and the distorted images, of shapes as in
+            `adversarial_grid`; all panels have the same shape. Pixels are clipped to [0, 1].
+        pairs_per_row: Number of pairs in a row of a panel.
 
     Returns:
         A figure.
 
     Raises:
-        ValueError: If the shapes are not those, or there are no panels.
+        ValueError: If a shape is wrong, or there are no panels.
         ImportError: If Matplotlib is not installed.
 
-    Source: Szegedy et al. (2013), figure 7.
+    Reference: Szegedy et al. (2013), figure 7.
     """
     checked = [(title, *_image_pair("distorted", *pair)) for title, *pair in panels]
     if not checked or any(images.shape != checked[0][1].shape for _, images, _ in checked):
@@ -137,38 +136,39 @@ def distorted_pairs(
 
 
 def top_images_grid(
-    images: Float[ArrayLike, " n *shape"],
-    indices: Int[ArrayLike, "m k"],
+    images: ArrayLike,
+    indices: ArrayLike,
     *,
     names: Iterable[object] | None = None,
 ) -> "Figure":
-    """Draw the images that go farthest along each direction, a row for each direction.
+    """Draw the images with the largest scores for each direction, one row per direction.
 
     Args:
-        images: All images, as in `adversarial_grid`.
-        indices: Which of them to draw, the farthest first, as in `units.TopImages`.
-        names: What to call each direction, at the left of its row.
+        images: All images, of shapes as in `adversarial_grid`.
+        indices: The indices of the images to draw for each direction, `(m, k)`, as in
+            `units.TopImages`.
+        names: The name of each direction, drawn to the left of its row.
 
     Returns:
         A figure.
 
     Raises:
-        ValueError: If the shapes are not those, an index has no image, or there is not one name for
-            each direction.
+        ValueError: If a shape is wrong, an index is out of range, or there is not one name per
+            direction.
         ImportError: If Matplotlib is not installed.
 
-    Source: Szegedy et al. (2013), figures 1 to 4.
+    Reference: Szegedy et al. (2013), figures 1 to 4.
     """
     images, indices = _images(images), np.asarray(indices)
     if indices.ndim != 2 or not indices.size or indices.min() < 0 or indices.max() >= len(images):
         raise ValueError(
-            f"indices: shape {indices.shape}, expected a row of indices into the {len(images)} "
-            "images for each direction."
+            f"indices: shape {indices.shape}, expected one row per direction of indices into the "
+            f"{len(images)} images."
         )
     titles = [""] * len(indices) if names is None else list(map(str, names))
     if len(titles) != len(indices):
         raise ValueError(
-            f"names: {len(titles)} for {len(indices)} directions, expected one for each."
+            f"names: {len(titles)} for {len(indices)} directions, expected one per direction."
         )
     height, width = _cell(images, _CELL // 2)
     side = 88 if any(titles) else _MARGIN
@@ -186,7 +186,7 @@ def top_images_grid(
 
 
 class _Sheet(NamedTuple):
-    """A figure addressed in pixels, from the top left."""
+    """A figure with coordinates in pixels from the top left."""
 
     figure: "Figure"
     width: int
@@ -198,19 +198,23 @@ class _Sheet(NamedTuple):
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(
-                "advjax.plots draws with matplotlib: pip install 'advjax[experiments]'."
+                "advjax.plots needs Matplotlib; pip install 'advjax[experiments]'."
             ) from error
         figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
         return cls(figure, width, height)
 
-    def image(self, x: int, y: int, image: np.ndarray, cell: tuple[int, int], colormap: str):
+    def image(
+        self, x: float, y: float, image: np.ndarray, cell: tuple[int, int], colormap: str
+    ) -> None:
         height, width = cell
         left, bottom = x / self.width, 1 - (y + height) / self.height
         axes = self.figure.add_axes((left, bottom, width / self.width, height / self.height))
         axes.imshow(image, cmap=colormap, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
 
-    def text(self, x: float, y: float, text: str, *, ha: str = "center", size: float = 10, **style):
+    def text(
+        self, x: float, y: float, text: str, *, ha: str = "center", size: float = 10, **style: Any
+    ) -> None:
         self.figure.text(
             x / self.width,
             1 - y / self.height,
@@ -222,26 +226,26 @@ class _Sheet(NamedTuple):
         )
 
 
-def _image_pair(
-    name: str, images: Float[ArrayLike, " n *shape"], others: Float[ArrayLike, " n *shape"]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Both as `_images` gives them; an error unless they are of one shape."""
+def _image_pair(name: str, images: Any, others: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Both in the form of `_images`; ValueError unless they have the same shape."""
     images, others = np.asarray(images), np.asarray(others)
     drawable = _images(images)
     if others.shape != images.shape:
-        raise ValueError(f"{name}: shape {others.shape}, expected {images.shape}, that of images.")
+        raise ValueError(
+            f"{name}: shape {others.shape}, expected {images.shape}, the shape of images."
+        )
     return drawable, others.reshape(drawable.shape)
 
 
-def _images(images: Float[ArrayLike, " n *shape"]) -> np.ndarray:
-    """The images as `(n, height, width)`, or `(n, height, width, 3)` if RGB."""
+def _images(images: Any) -> np.ndarray:
+    """The images as `(n, height, width)`, or `(n, height, width, 3)` in RGB."""
     images = np.asarray(images)
     grey = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1)
     rgb = images.ndim == 4 and images.shape[-1] == 3
     if images.size == 0 or not (grey or rgb):
         raise ValueError(
             f"images: shape {images.shape}, expected (n, height, width), (n, height, width, 1) or "
-            "(n, height, width, 3) with n of at least 1; for one image pass image[None]."
+            "(n, height, width, 3), and at least one image; for one image pass image[None]."
         )
     return images.reshape(images.shape[:3]) if grey else images
 
@@ -253,12 +257,12 @@ def _columns(
     columns = {name: list(column) for name, column in given.items() if column is not None}
     for name, column in columns.items():
         if len(column) != n:
-            raise ValueError(f"{name}: {len(column)} for {n} images, expected one for each.")
+            raise ValueError(f"{name}: {len(column)} for {n} images, expected one per image.")
     return list(zip(*columns.values(), strict=True)) if columns else [()] * n
 
 
 def _cell(images: np.ndarray, longest: int) -> tuple[int, int]:
-    """The height and width to draw images in: a whole number of times their own, if they fit."""
+    """The height and width of drawn images, in pixels: a multiple of their own, if they fit."""
     height, width = images.shape[1:3]
     scale = longest / max(height, width)
     scale = int(scale) if scale >= 1 else scale

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def bar(*args: Any, **options: Any) -> Any:
-    """A bar of tqdm, with its arguments; an error that says what to install where it is absent."""
+    """Return `tqdm(*args, **options)`; ImportError with a remedy if tqdm is not installed."""
     try:
         from tqdm import tqdm
     except ImportError as error:

@@ -1,10 +1,38 @@
-"""Values inside `jax.shard_map`."""
+"""Meshes in the context of a call."""
 
+import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 T = TypeVar("T")
+
+
+def automatic(fn: Callable[..., T]) -> Callable[..., T]:
+    """Return `fn` computed with automatic sharding, where the mesh of the context is explicit.
+
+    The vmapped loops of an attack mix sharded images and unsharded constants, which explicit
+    sharding does not allow. The results are sharded as the arguments are over the axes of
+    `jax.vmap`, and not within one example.
+    """
+
+    @functools.wraps(fn)
+    def wrapped(*args):
+        if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+            return fn(*args)
+        return jax.sharding.auto_axes(fn, out_sharding=PartitionSpec())(*args)
+
+    return wrapped
+
+
+def no_mesh() -> contextlib.AbstractContextManager:
+    """A context without the mesh that the caller may have set."""
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def vary_like(tree: T, like: Any) -> T:
@@ -14,14 +42,14 @@ def vary_like(tree: T, like: Any) -> T:
     equal on all devices, has to be declared as different on each before it meets a device's image.
     Elsewhere this does nothing.
     """
-    axes = frozenset[str]().union(*map(_varying_axes, jax.tree.leaves(like)))
-
-    def vary(leaf):
-        missing = tuple(axes - _varying_axes(leaf))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(vary, tree)
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    # Whatever the version of JAX, a value varies as what it is computed from. XLA removes this.
+    never = functools.reduce(jnp.logical_or, map(_never, jax.tree.leaves(like)), jnp.bool_(False))
+    return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), tree)
 
 
-def _varying_axes(leaf: Any) -> frozenset[str]:
-    return getattr(jax.typeof(leaf), "vma", frozenset())
+def _never(leaf: Any) -> Any:
+    """False, computed from `leaf`."""
+    first = leaf[(0,) * jnp.ndim(leaf)] if jnp.ndim(leaf) else leaf
+    return jnp.equal(first, first) & False

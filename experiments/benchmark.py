@@ -108,7 +108,7 @@ def our_ways(network: networks.Network, xs: np.ndarray, targets: np.ndarray) -> 
 
 def slow_ways(network: networks.Network, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
     """The paper's attack with other solvers."""
-    given = attacks.lbfgs(network.logits_fn, solver=solvers.jaxopt_lbfgsb(tol=0)), xs, targets
+    given = attacks.lbfgs(network.logits_fn, solver=solvers.jaxopt_lbfgsb()), xs, targets
     return [
         Way("lbfgs, jaxopt", "jaxopt", functools.partial(batched, *given)),
         Way(ONE_BY_ONE, "jaxopt", functools.partial(one_by_one, *given)),

@@ -71,11 +71,11 @@ def mnist():
 def _train(model, lambdas, epochs, mnist, count=50):
     train, test = mnist
     params = training.fit(
+        jax.random.key(3),
         model.apply,
         model.init(jax.random.key(2), train.images[0]),
         train.images,
         train.labels,
-        key=jax.random.key(3),
         penalty=training.weight_decay(lambdas),
         epochs=epochs,
     ).params

@@ -27,10 +27,10 @@ class Run(NamedTuple):
     folder: Path
 
 
-def run(experiment: ModuleType, folder: Path, **options: Any) -> Run:
+def run(experiment: ModuleType, out: Path, **options: Any) -> Run:
     """Runs an experiment in its quick form."""
-    options = {"quick": True, "out": folder, **options}
-    return Run(experiment, measure.run(experiment, experiment.Options(**options)), folder)
+    options = {"quick": True, "out": out, **options}
+    return Run(experiment, measure.run(experiment, experiment.Options(**options)), out)
 
 
 def quick(experiment: ModuleType) -> Any:

@@ -1,4 +1,4 @@
-"""Pools of adversarial examples, what `fit` makes of them, and nets that run from a layer on."""
+"""Pools of adversarial examples, training with them, and networks that run from a layer on."""
 
 import functools
 
@@ -27,7 +27,7 @@ def trained():
     images, labels = data()
     options = {"optimizer": optax.adam(0.05), "epochs": 60, "batch_size": 10, "patience": 60}
     params = MODEL.init(KEY, images[0])
-    return training.fit(MODEL.apply, params, images, labels, key=KEY, **options).params
+    return training.fit(KEY, MODEL.apply, params, images, labels, **options).params
 
 
 def layer(name):
@@ -106,7 +106,9 @@ def test_an_example_stays_as_it_is_where_the_attack_fails(epsilon, moves):
 
 def test_as_many_of_a_pool_are_replaced_as_come_in_and_no_others():
     pool, (images, labels) = clean_pool(), data()
-    new = training.refresh(KEY, pool, None, images[:7], labels[:7], distort=mark, batch_size=3)
+    new = training.refresh(
+        KEY, pool, MODEL.apply, images[:7], labels[:7], distort=mark, batch_size=3
+    )
     replaced = np.flatnonzero(np.all(new.examples == 10 + new.labels[:, None], axis=1))
     assert len(replaced) == 7
     kept = np.setdiff1d(np.arange(20), replaced)
@@ -121,7 +123,7 @@ def test_which_are_replaced_is_chance_and_in_time_all_are():
     images, labels = data()
     renew = jax.jit(
         lambda key, pool: training.refresh(
-            key, pool, None, images[:4], labels[:4], distort=mark, batch_size=4
+            key, pool, jnp.ravel, images[:4], labels[:4], distort=mark, batch_size=4
         )
     )
     pool, replaced = clean_pool(), []
@@ -208,8 +210,12 @@ def test_an_update_replaces_a_part_of_every_pool_by_distorted_outputs_of_the_net
     ("changes", "error", "message"),
     [
         ({"images": np.zeros((40, 6), np.uint8)}, TypeError, "images: .*uint8"),
-        ({"labels": np.zeros(39, np.int32)}, ValueError, r"images: shape \(40, 6\) and \(39,\)"),
-        ({"layers": []}, ValueError, "layers: none"),
+        (
+            {"labels": np.zeros(39, np.int32)},
+            ValueError,
+            r"images: shape \(40, 6\), and labels.*\(39,\)",
+        ),
+        ({"layers": []}, ValueError, "layers: none, expected at least one"),
         ({"weight": -1.0}, ValueError, "weight: -1.0, expected a finite number of at least 0"),
         ({"size": 41}, ValueError, "expected at least size=41 images"),
         ({"size": 0}, ValueError, "size: 0, expected an integer"),
@@ -229,7 +235,11 @@ def test_pools_that_cannot_be_are_refused_by_name(changes, error, message):
 def test_examples_that_do_not_fit_the_pool_are_refused(examples, labels):
     with pytest.raises(ValueError, match=r"examples: shape .* for a pool of shape \(20, 6\)"):
         training.refresh(
-            KEY, clean_pool(), None, np.zeros(examples, np.float32), np.zeros(labels, np.int32)
+            KEY,
+            clean_pool(),
+            MODEL.apply,
+            np.zeros(examples, np.float32),
+            np.zeros(labels, np.int32),
         )
 
 
@@ -238,8 +248,8 @@ def test_examples_that_do_not_fit_the_pool_are_refused(examples, labels):
 
 def fit(apply=MODEL.apply, **options):
     images, labels = data()
-    options = {"epochs": 3, "batch_size": 10, "key": KEY} | options
-    return training.fit(apply, MODEL.init(KEY, images[0]), images, labels, **options)
+    options = {"epochs": 3, "batch_size": 10} | options
+    return training.fit(KEY, apply, MODEL.init(KEY, images[0]), images, labels, **options)
 
 
 def test_an_auxiliary_loss_is_added_with_its_state_of_the_epoch():
@@ -277,11 +287,11 @@ def test_an_auxiliary_loss_leaves_the_order_of_the_images_as_it_is():
 def draw(apply, n, **options):
     """Trains on one-hot images with the output as the loss, by steps of the gradient itself."""
     return training.fit(
+        KEY,
         apply,
         jnp.zeros(n),
         np.eye(n, dtype=np.float32),
         np.zeros(n),
-        key=KEY,
         loss=lambda output, label: output,
         optimizer=optax.sgd(1.0),
         stochastic=True,

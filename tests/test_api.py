@@ -45,7 +45,7 @@ def test_everything_is_reached_from_the_package():
     for module in MODULES:
         importlib.import_module(f"advjax.{module}")
         assert inspect.ismodule(getattr(advjax, module))
-    assert set(advjax.__all__) == {*MODULES, "Box", "LogitsFn"}
+    assert set(advjax.__all__) == {*MODULES, "Box", "LogitsFn", "__version__"}
 
 
 @pytest.mark.parametrize("thing", PUBLIC)

@@ -47,11 +47,11 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture
-def idx_builder():
+def tfds_mnist():
     pytest.importorskip("tensorflow_datasets")
-    from advjax.data import idx_builder
+    from advjax.data import tfds_mnist
 
-    return idx_builder
+    return tfds_mnist
 
 
 # --- the arrays ------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ FIRST_LABELS = {
 
 
 @pytest.fixture
-def original_files(idx_builder, server, monkeypatch):
+def original_files(tfds_mnist, server, monkeypatch):
     """Serves the original files, made from the prepared data; if asked, fewer training images."""
     folder, url, _ = server
 
@@ -174,8 +174,8 @@ def original_files(idx_builder, server, monkeypatch):
             prefix = {"train": "train", "test": "t10k"}[split]
             write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", images[:size])
             write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", labels[:size])
-        monkeypatch.setattr(idx_builder.BUILDERS[name], "URL", url)
-        monkeypatch.setattr(idx_builder.mnist, "_TRAIN_EXAMPLES", train_size)
+        monkeypatch.setattr(tfds_mnist.BUILDERS[name], "URL", url)
+        monkeypatch.setattr(tfds_mnist.mnist, "_TRAIN_EXAMPLES", train_size)
 
     return serve
 
@@ -221,8 +221,8 @@ def test_preparing_from_the_original_files_gives_what_tensorflow_datasets_gives(
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_downloads_are_checked_against_the_checksums_of_tensorflow_datasets(idx_builder, name):
-    builder = idx_builder.BUILDERS[name]
+def test_downloads_are_checked_against_the_checksums_of_tensorflow_datasets(tfds_mnist, name):
+    builder = tfds_mnist.BUILDERS[name]
     assert {url.removeprefix(builder.URL) for url in builder.url_infos} == {
         f"{prefix}-{kind}-ubyte.gz"
         for prefix in ("train", "t10k")
@@ -230,20 +230,20 @@ def test_downloads_are_checked_against_the_checksums_of_tensorflow_datasets(idx_
     }
 
 
-def test_our_builders_do_not_replace_those_of_tensorflow_datasets(idx_builder):
+def test_our_builders_do_not_replace_those_of_tensorflow_datasets(tfds_mnist):
     code = (
         "import tensorflow_datasets as tfds\n"
-        "from advjax.data import idx_builder\n"
-        "assert not isinstance(tfds.builder('mnist'), idx_builder.MNIST)"
+        "from advjax.data import tfds_mnist\n"
+        "assert not isinstance(tfds.builder('mnist'), tfds_mnist.MNIST)"
     )
     # In a new process: in one that has looked for a builder of ImageNet it may know none of MNIST.
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_failed_download_is_the_same_one_error(idx_builder, server, tmp_path, monkeypatch):
+def test_a_failed_download_is_the_same_one_error(tfds_mnist, server, tmp_path, monkeypatch):
     folder, url, answered = server
     (folder / "t10k-labels-idx1-ubyte.gz").touch()  # and the other three are missing
-    monkeypatch.setattr(idx_builder.MNIST, "URL", url)
+    monkeypatch.setattr(tfds_mnist.MNIST, "URL", url)
     with pytest.raises(FileNotFoundError, match=r"HTTP code: 404.*TFDS_DATA_DIR"):
         data.load("mnist", "test", source="tfds", data_dir=tmp_path / "prepared")
     # Keep the server up for the other downloads, which would go on trying for minutes.
@@ -257,7 +257,7 @@ def test_a_failed_download_is_the_same_one_error(idx_builder, server, tmp_path, 
 
 
 def test_without_data_and_network_the_error_comes_at_once_and_says_what_to_do(
-    idx_builder, no_network, tmp_path
+    tfds_mnist, no_network, tmp_path
 ):
     start = time.monotonic()
     with pytest.raises(FileNotFoundError) as error:
@@ -269,7 +269,7 @@ def test_without_data_and_network_the_error_comes_at_once_and_says_what_to_do(
 
 
 def test_a_network_that_never_answers_is_given_up_within_five_seconds(
-    idx_builder, monkeypatch, tmp_path
+    tfds_mnist, monkeypatch, tmp_path
 ):
     done = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: done.wait(30) and [])
@@ -280,7 +280,7 @@ def test_a_network_that_never_answers_is_given_up_within_five_seconds(
     assert time.monotonic() - start < 5
 
 
-def test_auto_falls_back_to_the_sample_with_one_warning(idx_builder, no_network, tmp_path):
+def test_auto_falls_back_to_the_sample_with_one_warning(tfds_mnist, no_network, tmp_path):
     with pytest.warns(UserWarning, match="sample of MNIST") as warned:
         dataset = data.load("mnist", "test", data_dir=tmp_path)
     assert dataset.source == "embedded"
@@ -289,7 +289,7 @@ def test_auto_falls_back_to_the_sample_with_one_warning(idx_builder, no_network,
     assert "TFDS_DATA_DIR" in str(warned[0].message)
 
 
-def test_auto_without_data_of_fashion_mnist_is_the_error(idx_builder, no_network, tmp_path):
+def test_auto_without_data_of_fashion_mnist_is_the_error(tfds_mnist, no_network, tmp_path):
     with pytest.raises(FileNotFoundError, match="fashion_mnist is not prepared") as error:
         data.load("fashion_mnist", "test", data_dir=tmp_path)
     assert "embedded" not in str(error.value)
@@ -297,18 +297,18 @@ def test_auto_without_data_of_fashion_mnist_is_the_error(idx_builder, no_network
 
 def test_without_tensorflow_datasets_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    monkeypatch.delitem(sys.modules, "advjax.data.idx_builder", raising=False)
-    monkeypatch.delattr(data, "idx_builder", raising=False)
+    monkeypatch.delitem(sys.modules, "advjax.data.tfds_mnist", raising=False)
+    monkeypatch.delattr(data, "tfds_mnist", raising=False)
     with pytest.raises(ImportError, match=r'pip install "advjax\[experiments\]"'):
         data.load("mnist", "test", source="tfds")
     with pytest.warns(UserWarning, match=r'pip install "advjax\[experiments\]"'):
         assert data.load("mnist", "test").source == "embedded"
 
 
-def test_data_prepared_in_a_format_that_takes_tensorflow_are_named(idx_builder, tmp_path):
+def test_data_prepared_in_a_format_that_takes_tensorflow_are_named(tfds_mnist, tmp_path):
     folder = tmp_path / "mnist" / "3.0.1"
     folder.mkdir(parents=True)
-    builder = idx_builder.MNIST(data_dir=tmp_path)
+    builder = tfds_mnist.MNIST(data_dir=tmp_path)
     splits = [{"name": "test", "shardLengths": ["1"], "filepathTemplate": "{DATASET}.{FILEFORMAT}"}]
     info = {"name": "mnist", "version": "3.0.1", "fileFormat": "tfrecord", "splits": splits}
     (folder / "dataset_info.json").write_text(json.dumps(info))
@@ -322,9 +322,9 @@ def test_data_prepared_in_a_format_that_takes_tensorflow_are_named(idx_builder, 
 
 
 @full_set
-def test_a_second_load_reads_the_cache(idx_builder, monkeypatch):
+def test_a_second_load_reads_the_cache(tfds_mnist, monkeypatch):
     first = data.load("mnist", "test", data_dir=PREPARED)
-    monkeypatch.setattr(idx_builder, "read", lambda *args: pytest.fail("decoded again"))
+    monkeypatch.setattr(tfds_mnist, "read", lambda *args: pytest.fail("decoded again"))
     second = data.load("mnist", "test", data_dir=PREPARED)
     np.testing.assert_array_equal(first.images, second.images)
     np.testing.assert_array_equal(first.labels, second.labels)
@@ -358,7 +358,7 @@ def test_a_damaged_cache_is_rebuilt(cache_dir, damage):
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="could not cache"):
+    with pytest.warns(UserWarning, match="not cached"):
         images, labels = cache.arrays("some.npz", examples)
     assert (len(images), len(labels)) == (50, 50)
 
@@ -388,10 +388,10 @@ def test_other_contents_in_the_same_place_are_not_taken_from_the_cache(tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "cifar10"}, "name='cifar10' is unknown; choose one of mnist, fashion_mnist"),
-        ({"split": "validation"}, "split='validation' is unknown; choose one of train, test"),
-        ({"source": "web"}, "source='web' is unknown; choose one of auto, tfds, embedded"),
-        ({"name": "fashion_mnist", "source": "embedded"}, "only mnist is"),
+        ({"name": "cifar10"}, "name: 'cifar10', expected one of mnist, fashion_mnist"),
+        ({"split": "validation"}, "split: 'validation', expected one of train, test"),
+        ({"source": "web"}, "source: 'web', expected one of auto, tfds, embedded"),
+        ({"name": "fashion_mnist", "source": "embedded"}, "not embedded, expected mnist"),
     ],
 )
 def test_an_unknown_choice_lists_the_known_ones(arguments, message):

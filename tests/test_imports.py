@@ -29,7 +29,7 @@ FLOORS = [  # from the top down; rooms of one floor do not import each other
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 OPTIONAL = {"matplotlib", "tqdm", "tensorflow_datasets", "PIL"}
-LATE = {"advjax.data.idx_builder"}  # imports optional packages, and so must be imported late
+LATE = {"advjax.data.tfds_mnist"}  # imports optional packages, and so must be imported late
 
 
 def module_name(path):

@@ -69,8 +69,38 @@ def test_the_gradient_of_the_l2_length_is_zero_where_every_attack_starts():
     np.testing.assert_array_equal(gradient, np.zeros((2, 3, 1)))
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (3, 2, 4)])
+@pytest.mark.parametrize(("loss", "order"), [(losses.l1, 1), (losses.linf, np.inf)])
+def test_the_l1_and_linf_losses_are_the_norms_of_the_flattened_perturbation(shape, loss, order):
+    r = np.random.default_rng(4).normal(size=shape).astype(np.float32)
+    expected = np.linalg.norm(np.ravel(r).astype(np.float64), order)
+    np.testing.assert_allclose(loss(r), expected, rtol=1e-6)
+
+
+def test_the_gradient_of_l1_is_the_sign_of_each_entry():
+    r = jnp.array([[0.5, -2.0], [0.0, 1e-30]])
+    np.testing.assert_array_equal(jax.grad(losses.l1)(r), [[1, -1], [0, 1]])
+
+
+def test_the_gradient_of_linf_is_the_sign_of_the_largest_entry_shared_among_equal_ones():
+    np.testing.assert_array_equal(jax.grad(losses.linf)(jnp.array([0.5, -2.0, 1.0])), [0, -1, 0])
+    gradient = jax.grad(losses.linf)(jnp.array([2.0, -2.0, 1.0]))
+    np.testing.assert_array_equal(gradient, [0.5, -0.5, 0])
+
+
+@pytest.mark.parametrize("loss", [losses.l1, losses.linf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradients_of_l1_and_linf_are_zero_where_every_attack_starts(loss, dtype):
+    value, gradient = jax.value_and_grad(loss)(jnp.zeros((2, 3, 1), dtype))
+    assert value == 0
+    assert value.dtype == gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient, np.zeros((2, 3, 1)))
+
+
 def test_the_losses_keep_double_precision():
     with jax.enable_x64(True):
         r = jnp.array([3.0, 4.0 + 1e-12])
         assert losses.l2(r) == np.linalg.norm(r)
+        assert losses.l1(r) == 7 + 1e-12
+        assert losses.linf(-r) == 4 + 1e-12
         assert losses.squared_l2(r).dtype == losses.cross_entropy(r, 0).dtype == jnp.float64

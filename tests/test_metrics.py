@@ -1,5 +1,9 @@
 """The metrics against NumPy."""
 
+import dataclasses
+import functools
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +43,7 @@ def test_distortion_refuses_bytes_whose_difference_would_wrap_around():
 
 @pytest.mark.parametrize("shift", [-9, 0, 9])  # all negative, mixed, all positive
 @pytest.mark.parametrize("label", range(4))
-def test_margin_is_the_lead_over_the_best_other_class(label, shift):
+def test_margin_is_the_difference_to_the_largest_other_logit(label, shift):
     logits = np.random.default_rng(1).normal(shift, size=4).astype(np.float32)
     expected = logits[label] - np.delete(logits, label).max()
     np.testing.assert_allclose(metrics.margin(logits, label), expected, rtol=1e-6)
@@ -72,6 +76,146 @@ def test_the_error_rate_counts_every_image_whatever_the_batch_size(batch_size):
 
 
 @pytest.mark.parametrize(("n", "labels"), [(3, np.zeros(2)), (3, np.zeros((3, 10))), (0, [])])
-def test_the_error_rate_asks_for_one_label_for_each_image(n, labels):
-    with pytest.raises(ValueError, match=f"labels: .* for {n} images, expected one label for each"):
+def test_the_error_rate_needs_one_label_per_image(n, labels):
+    with pytest.raises(
+        ValueError, match=f"labels: .* for {n} images, expected one label per image"
+    ):
         metrics.error_rate(jnp.ravel, jnp.zeros((n, 2)), np.asarray(labels, np.int32))
+
+
+# --- one compilation for a function and its shapes ---------------------------------------------
+
+
+KEY = jax.random.key(0)
+
+
+class Unhashable:
+    """A callable with an equality of its own, and so without a hash."""
+
+    __hash__ = None
+
+    def __init__(self, logits_fn):
+        self.logits_fn = logits_fn
+
+    def __eq__(self, other):
+        return True
+
+    def __call__(self, x):
+        return self.logits_fn(x)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Linear:
+    """A callable pytree."""
+
+    kernel: jax.Array
+
+    def __call__(self, x):
+        return x @ self.kernel
+
+
+def linear(kernel, x):
+    return x @ kernel
+
+
+def by_keyword(x, *, kernel):
+    return x @ kernel
+
+
+KINDS = {
+    "a partial": lambda kernel: functools.partial(linear, kernel),
+    "a partial of keywords": lambda kernel: functools.partial(by_keyword, kernel=kernel),
+    "a Partial": lambda kernel: jax.tree_util.Partial(linear, kernel),
+    "a callable pytree": Linear,
+    "an Equinox module": lambda kernel: eqx.nn.Lambda(functools.partial(linear, kernel)),
+    "an Equinox layer": lambda kernel: eqx.tree_at(
+        lambda layer: layer.weight, eqx.nn.Linear(6, 4, use_bias=False, key=KEY), kernel.T
+    ),
+    "a closure": lambda kernel: lambda x: linear(kernel, x),
+    "an unhashable callable": lambda kernel: Unhashable(functools.partial(linear, kernel)),
+}
+PYTREES = (*list(KINDS)[:4], "an Equinox layer")
+
+
+def error_problem():
+    rng = np.random.default_rng(5)
+    kernels = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
+    images = jnp.asarray(rng.normal(size=(30, 6)), jnp.float32)
+    labels = rng.integers(4, size=30)
+    expected = [np.mean((images @ k).argmax(1) != labels) for k in kernels]
+    assert expected[0] != expected[1]
+    return kernels, images, labels, expected
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one whenever XLA compiles something; nothing is compiled yet."""
+    jax.clear_caches()
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_error_rate_of_a_function_compiles_nothing(kind, compilations):
+    kernels, images, labels, expected = error_problem()
+    logits_fn = KINDS[kind](kernels[0])
+    assert metrics.error_rate(logits_fn, images, labels) == pytest.approx(expected[0])
+    assert compilations
+    compilations.clear()
+    assert metrics.error_rate(logits_fn, images, labels) == pytest.approx(expected[0])
+    assert not compilations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_error_rate_of_another_model_of_the_same_shapes_is_its_own(kind, compilations):
+    kernels, images, labels, expected = error_problem()
+    models = [KINDS[kind](kernel) for kernel in kernels]
+    metrics.error_rate(models[0], images, labels)
+    compilations.clear()
+    assert metrics.error_rate(models[1], images, labels) == pytest.approx(expected[1])
+    if kind in PYTREES:
+        assert not compilations
+
+
+def test_the_error_rate_of_a_closure_is_that_of_the_parameters_as_they_are_now(compilations):
+    kernels, images, labels, expected = error_problem()
+    params = {"kernel": kernels[0]}
+
+    def logits_fn(x):
+        return x @ params["kernel"]
+
+    metrics.error_rate(logits_fn, images, labels)
+    compilations.clear()
+    params["kernel"] = kernels[1]
+    assert metrics.error_rate(logits_fn, images, labels) == pytest.approx(expected[1])
+    assert not compilations
+
+
+def test_the_error_rates_of_partials_of_equal_numbers_of_two_types_are_their_own():
+    kernels, images, labels, expected = error_problem()
+
+    def choose(number, x):
+        return x @ kernels[int(isinstance(number, float))]
+
+    rates = [
+        metrics.error_rate(functools.partial(choose, number), images, labels) for number in (1, 1.0)
+    ]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+def test_predictions_refuse_a_batch_model_by_name():
+    with pytest.raises(ValueError, match=r"logits_fn: returns shape \(1, 4\)"):
+        metrics.predictions(lambda x: x[None], jnp.zeros((3, 4)))
+
+
+def test_predictions_of_no_images_are_refused():
+    with pytest.raises(ValueError, match=r"images: .*expected at least one image"):
+        metrics.predictions(lambda x: x, jnp.zeros((0, 4)))

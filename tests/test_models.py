@@ -244,11 +244,11 @@ def test_sparsity_of_features_that_are_never_or_always_active_is_finite(share):
 def test_a_loss_with_sparsity_trains_features_to_be_active_on_that_share():
     images = np.random.default_rng(0).uniform(size=(40, 3)).astype(np.float32)
     result = training.fit(
+        jax.random.key(0),
         lambda bias, image: jax.nn.sigmoid(image + bias),
         jnp.zeros(3),
         images,
         images,
-        key=jax.random.key(0),
         loss=lambda code, _: training.sparsity(code, target=0.2),
         optimizer=optax.adam(0.3),
         epochs=60,
@@ -369,5 +369,5 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     path = tmp_path / "net.safetensors"
     models.save(path, {"w": jnp.ones(3)})
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=r"net\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"net\.safetensors is not a complete safetensors file"):
         models.load(path)

@@ -1,6 +1,7 @@
 """The wheel holds what it should, and works in a directory where nothing else lies."""
 
 import email
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import advjax
 from tests.test_imports import OPTIONAL
 from tests.test_readme import SNIPPETS
 
@@ -69,6 +71,8 @@ def test_the_metadata_ask_for_what_the_project_does(contents):
             else:
                 yield requirement.name.replace("_", "-"), requirement.specifier
 
+    urls = [", ".join(url) for url in PROJECT["urls"].items()]
+    assert metadata.get_all("Project-URL") == urls
     assert metadata.get_all("Provides-Extra") == sorted(extras)
     assert metadata["Requires-Python"] == PROJECT["requires-python"]
     assert metadata["License-Expression"] == PROJECT["license"]
@@ -95,10 +99,10 @@ def test_the_readme_s_first_example_runs_from_the_wheel_without_the_extras(wheel
     subprocess.run([*into, "--no-deps", "--no-index", wheel], check=True)
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
 
-    where = "import advjax; print(advjax.__file__)"
+    where = "import advjax; print(advjax.__version__, advjax.__file__)"
     code = WITHOUT_EXTRAS + SNIPPETS[0] + where
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    success, where = subprocess.run(
+    success, version_and_place = subprocess.run(
         [python, "-c", code],
         cwd=empty,
         env=variables,
@@ -107,8 +111,27 @@ def test_the_readme_s_first_example_runs_from_the_wheel_without_the_extras(wheel
         text=True,
     ).stdout.splitlines()
     assert success.startswith("1.0 ")
-    assert Path(where) == packages / "advjax" / "__init__.py"
+    version, place = version_and_place.split(maxsplit=1)
+    assert version == PROJECT["version"]
+    assert Path(place) == packages / "advjax" / "__init__.py"
     assert not list(empty.iterdir())
+
+
+def test_the_version_is_that_of_the_metadata():
+    assert advjax.__version__ == importlib.metadata.version("advjax")
+
+
+def test_a_source_tree_that_is_not_installed_can_be_imported():
+    code = (
+        "import importlib.metadata, jax, flax, optax\n"
+        "def version(name): raise importlib.metadata.PackageNotFoundError(name)\n"
+        "importlib.metadata.version = version\n"
+        "import advjax; print(advjax.__version__)"
+    )
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, check=True, cwd=ROOT, capture_output=True, text=True).stdout == (
+        "unknown\n"
+    )
 
 
 def test_the_citation_is_of_this_version():

@@ -48,9 +48,9 @@ def text_fits(figure):
 
 
 def test_each_pixel_of_a_digit_becomes_one_sharp_square():
-    images, x_advs = pair()
-    figure = plots.adversarial_grid(images, x_advs)
-    for axes, image in [(figure.axes[1], images[1]), (figure.axes[7], x_advs[1])]:
+    images, xs_adv = pair()
+    figure = plots.adversarial_grid(images, xs_adv)
+    for axes, image in [(figure.axes[1], images[1]), (figure.axes[7], xs_adv[1])]:
         grey = drawn(figure, axes)[..., 0]
         assert grey.shape == (112, 112)
         blocks = grey.reshape(28, 4, 28, 4)
@@ -60,9 +60,9 @@ def test_each_pixel_of_a_digit_becomes_one_sharp_square():
 
 def test_differences_are_magnified_about_the_middle_of_the_scale():
     images = np.full((1, 2, 2), 0.5)
-    x_advs = images + np.array([[0.0, 0.1], [-0.1, 0.4]])
+    xs_adv = images + np.array([[0.0, 0.1], [-0.1, 0.4]])
     shown = np.asarray(
-        plots.adversarial_grid(images, x_advs, magnify=4).axes[1].images[0].get_array()
+        plots.adversarial_grid(images, xs_adv, magnify=4).axes[1].images[0].get_array()
     )
     np.testing.assert_allclose(shown, [[0.5, 0.9], [0.1, 1.0]], rtol=1e-6)
 
@@ -77,9 +77,9 @@ def test_a_grey_difference_is_near_white_at_zero_red_where_brighter_and_blue_whe
 
 
 def test_the_grid_tells_classes_factor_and_distortion():
-    images, x_advs = pair(size=0.123)
+    images, xs_adv = pair(size=0.123)
     figure = plots.adversarial_grid(
-        images, x_advs, labels=np.array([3, 1, 4]), predictions=jnp.array([8, 5, 9]), magnify=2.5
+        images, xs_adv, labels=np.array([3, 1, 4]), predictions=jnp.array([8, 5, 9]), magnify=2.5
     )
     shown = texts(figure)
     assert [text for text in shown if "→" in text] == ["3 → 8", "1 → 5", "4 → 9"]
@@ -93,10 +93,10 @@ def test_labels_alone_and_names_for_classes_are_accepted():
 
 
 def test_the_text_stays_inside_the_figure():
-    images, x_advs = pair()
+    images, xs_adv = pair()
     classes = range(3)
-    assert text_fits(plots.adversarial_grid(images, x_advs, labels=classes, predictions=classes))
-    assert text_fits(plots.distorted_pairs([("(a) for a net\nRMS 0.1", images, x_advs)]))
+    assert text_fits(plots.adversarial_grid(images, xs_adv, labels=classes, predictions=classes))
+    assert text_fits(plots.distorted_pairs([("(a) for a net\nRMS 0.1", images, xs_adv)]))
 
 
 def test_eight_digits_fit_a_page_of_a_thousand_pixels(tmp_path):
@@ -109,8 +109,8 @@ def test_eight_digits_fit_a_page_of_a_thousand_pixels(tmp_path):
 
 @pytest.mark.parametrize("shape", [(2, 28, 28), (2, 28, 28, 1), (2, 32, 32, 3), (1, 224, 200, 3)])
 def test_grey_and_rgb_images_of_any_size_are_drawn(shape):
-    images, x_advs = pair(shape)
-    figure = plots.adversarial_grid(images, x_advs)
+    images, xs_adv = pair(shape)
+    figure = plots.adversarial_grid(images, xs_adv)
     assert len(figure.axes) == 3 * shape[0]
     colours = shape[1:] if shape[-1] == 3 else shape[1:3]
     assert figure.axes[0].images[0].get_array().shape == colours
@@ -135,11 +135,11 @@ def test_originals_stand_left_of_their_distortions():
 
 
 def test_a_batch_of_other_images_is_refused_by_name():
-    images, x_advs = pair()
-    with pytest.raises(ValueError, match=r"x_advs: shape \(2, 28, 28, 1\), expected \(3,"):
-        plots.adversarial_grid(images, x_advs[:2])
+    images, xs_adv = pair()
+    with pytest.raises(ValueError, match=r"xs_adv: shape \(2, 28, 28, 1\), expected \(3,"):
+        plots.adversarial_grid(images, xs_adv[:2])
     with pytest.raises(ValueError, match=r"distorted: shape"):
-        plots.distorted_pairs([("", images, x_advs[:2])])
+        plots.distorted_pairs([("", images, xs_adv[:2])])
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (3, 28, 28, 2), (3, 784), (0, 28, 28)])

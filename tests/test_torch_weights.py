@@ -218,7 +218,7 @@ def alarm(tmp_path):
 
 
 def refused(name):
-    return pytest.raises(ValueError, match=rf"asks for {re.escape(name)}, which is refused")
+    return pytest.raises(ValueError, match=rf"contains {re.escape(name)}, expected only tensors")
 
 
 @FORMATS
@@ -263,7 +263,7 @@ def test_a_pickle_cannot_change_what_the_next_one_meets(load):
         b"ctorch\nFloatStorage\n",
     ):
         for state in (b"N}S'__defaults__'\nNs\x86b.", b"N}S'update'\nNs\x86b."):
-            with pytest.raises(ValueError, match="was not read"):
+            with pytest.raises(ValueError, match="cannot be read"):
                 load(b"\x80\x02" + found + state)
     np.testing.assert_array_equal(load(legacy({"w": tensor(np.ones(2))}))["w"], np.ones(2))
 
@@ -322,7 +322,7 @@ def test_a_storage_that_claims_more_than_the_file_has_is_named(write, load):
 def test_a_file_cut_off_anywhere_is_never_read_in_part(data, load):
     whole = data(state_dict(**ARRAYS))
     for end in {0, 1, 9, *range(10, len(whole), 37), len(whole) - 1}:
-        with pytest.raises(ValueError, match=r"net\.pth was not read: "):
+        with pytest.raises(ValueError, match=r"net\.pth cannot be read: "):
             load(whole[:end])
 
 
@@ -352,13 +352,13 @@ def test_an_archive_of_something_else_is_refused(load):
 
 @pytest.mark.parametrize("data", [pickle.dumps({"w": 1}), pickle.dumps(5)])
 def test_a_pickle_of_something_else_is_refused(data, load):
-    with pytest.raises(ValueError, match="was not read: "):
+    with pytest.raises(ValueError, match="cannot be read: "):
         load(data)
 
 
 @pytest.mark.parametrize("data", [b"GIF89a......", b"", b"<html></html>"])
 def test_a_file_of_something_else_is_refused(data, load):
-    with pytest.raises(ValueError, match="no file of PyTorch or safetensors"):
+    with pytest.raises(ValueError, match="not a PyTorch or safetensors file"):
         load(data)
 
 

@@ -76,12 +76,16 @@ def test_the_rows_may_be_one_array_and_the_matrix_under_jit():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"logits_fns": []}, ValueError, "0 nets and 2 rows"),
-        ({"xs_adv": []}, ValueError, "3 nets and 0 rows"),
+        ({"logits_fns": []}, ValueError, "0 networks and 2 rows"),
+        ({"xs_adv": []}, ValueError, "3 networks and 0 rows"),
         ({"xs_adv": [XS, XS[:5]]}, ValueError, r"xs_adv\[1\]: shape \(5, 3, 4\), expected \(31,"),
         ({"xs": XS[:5]}, ValueError, r"xs: shape \(5, 3, 4\), expected \(31,"),
         ({"xs_adv": [(255 * XS).astype(np.uint8)]}, TypeError, r"xs_adv\[0\]: .*/ 255"),
-        ({"labels": LABELS[:5]}, ValueError, r"labels: shape \(5,\) for images \(31, 3, 4\)"),
+        (
+            {"labels": LABELS[:5]},
+            ValueError,
+            r"labels: shape \(5,\) for .*\(31, 3, 4\)",
+        ),
         ({"labels": np.eye(CLASSES)[LABELS]}, TypeError, "labels: dtype float32"),
         ({"xs_adv": [XS[:0]], "labels": LABELS[:0]}, ValueError, "at least one image"),
         ({"logits_fns": [lambda x: x]}, ValueError, "logits_fn: returns shape"),

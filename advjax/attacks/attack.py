@@ -14,6 +14,8 @@ from advjax.attacks.result import AttackResult
 from advjax.functions import Function
 from advjax.types import Box, LogitsFn
 
+_ROUNDING_OF_SUM = 1e-2  # of probabilities, which bfloat16 rounds
+
 
 class Method(Protocol):
     """What tells one attack from another: four pure functions of an attack and one image.
@@ -86,10 +88,9 @@ class Attack:
         """
         x = checks.floating("x", x)
         checks.inside("x", x, self.box)
-        attack = self.hoist(x)
-        if not isinstance(x, jax.core.Tracer):
-            _warn_of_probabilities(_looks_like_probabilities(attack.logits_fn, x))
-        return _run(*jax.lax.stop_gradient((attack, x)), target)
+        result, probabilities = sharding.automatic(_hoist_and_run)(self, x, target)
+        _warn_of_probabilities(probabilities)
+        return result
 
     def init(self, x: Float[Array, "*shape"], target: Int[Array, ""] | int) -> Any:
         """Return the state before the first step."""
@@ -131,24 +132,21 @@ class Attack:
         return attack
 
 
-@jax.jit
-def _run(attack: Attack, x: Float[Array, "*shape"], target: Int[Array, ""]) -> AttackResult:
-    end = jax.lax.while_loop(
-        lambda state: ~attack.done(state), attack.step, attack.init(x, target)
-    )
-    return attack.result(end)
-
-
-def _leaf(bound: Any) -> Any:
-    return bound if isinstance(bound, jax.Array | np.ndarray) else np.asarray(bound)
+def _hoist_and_run(
+    attack: Attack, x: Float[Array, "*shape"], target: Int[Array, ""]
+) -> tuple[AttackResult, Bool[Array, ""]]:
+    return _run(*jax.lax.stop_gradient((attack.hoist(x), x)), target)
 
 
 @jax.jit
-def _looks_like_probabilities(
-    logits_fn: LogitsFn, x: Float[Array, "*shape"]
-) -> Bool[Array, ""]:
-    logits = logits_fn(x)
-    return jnp.all(logits >= 0) & (jnp.abs(jnp.sum(logits) - 1) < 1e-2)
+def _run(
+    attack: Attack, x: Float[Array, "*shape"], target: Int[Array, ""]
+) -> tuple[AttackResult, Bool[Array, ""]]:
+    """The result, and whether the model returns probabilities."""
+    end = jax.lax.while_loop(lambda state: ~attack.done(state), attack.step, attack.init(x, target))
+    logits = attack.logits_fn(x)
+    probabilities = jnp.all(logits >= 0) & (jnp.abs(jnp.sum(logits) - 1) < _ROUNDING_OF_SUM)
+    return attack.result(end), probabilities
 
 
 def _warn_of_probabilities(found: Bool[Array, ""]) -> None:
@@ -158,3 +156,7 @@ def _warn_of_probabilities(found: Bool[Array, ""]) -> None:
             "the model without its softmax, as the gradient of probabilities vanishes.",
             stacklevel=3,
         )
+
+
+def _leaf(bound: Any) -> Any:
+    return bound if isinstance(bound, jax.Array | np.ndarray) else np.asarray(bound)

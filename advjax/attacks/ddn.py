@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from advjax import checks, losses
+from advjax import checks, losses, sharding
 from advjax.types import Box, LogitsFn
 
 _REACH = 1.3  # the first radius, times the distance to the target if the loss were linear
@@ -88,6 +88,7 @@ def _walk(
 
     zero = jnp.zeros((), x.dtype)
     walk = jnp.zeros_like(x), zero, zero, jnp.zeros_like(x), zero + jnp.inf
+    walk = sharding.vary_like(walk, (x, target, box))
     last, _, _, best, nearest = jax.lax.fori_loop(0, num_steps, step, walk)
     return jnp.clip(x + jnp.where(jnp.isfinite(nearest), best, last), *box)
 

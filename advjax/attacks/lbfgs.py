@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def lbfgs(
     box: Box | tuple = Box(),  # noqa: B008 an immutable default
     loss: Loss = losses.cross_entropy,
     penalty: Penalty = losses.squared_l2,
-    solver: Solver = lbfgsb(tol=0),  # noqa: B008
+    solver: Solver = lbfgsb(),  # noqa: B008
     confidence: float | None = None,
     tol: float = 1e-2,
     rtol: float = 1e-3,
@@ -126,6 +126,8 @@ class PenalizedLoss:
     penalty: Penalty
     tol: float
     rtol: float
+
+    first_step: ClassVar[float] = 1.0  # the penalty's curvature, whatever c is
 
     def init(self, r: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct) -> _Search:
         """Return a search over c that begins at 1 and has no bracket."""

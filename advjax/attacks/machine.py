@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, metrics
 from advjax.attacks.attack import Attack
-from advjax.attacks.result import AttackResult, Status, admission, is_untried
 from advjax.attacks.ddn import Start
+from advjax.attacks.result import AttackResult, Status, admission, first_that_holds, is_untried
 from advjax.solvers import Solver, SolverState
 from advjax.solvers import Status as SolverStatus
 from advjax.types import Box, LogitsFn
@@ -85,6 +85,10 @@ class Formulation(Protocol):
 
     A frozen dataclass of options, compared by value.
     """
+
+    @property
+    def first_step(self) -> float:
+        """The solver's first step in multiples of the gradient: the inverse of the curvature."""
 
     def init(self, r: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct) -> Any:
         """Return the initial parameters, from shapes and dtypes."""
@@ -178,7 +182,7 @@ class Search:
             start=start,
             target=target,
             params=params,
-            solver=self.solver.init(objective, origin, box),
+            solver=self.solver.init(objective, origin, box, self.formulation.first_step),
             best=_Candidate(_image(nearest, x), jnp.int32(0), zero - jnp.inf, zero),
             status=status,
             vanishing=jnp.bool_(False),
@@ -213,24 +217,17 @@ class Search:
         leads_nowhere, is_zero = _vanishes(view, box)
         vanishing = jnp.where(first, leads_nowhere, state.vanishing)
         num_evals = solver_state.num_evals + self._num_evals_before
-        status = jnp.select(
-            [
-                first & (solver_state.status == SolverStatus.NONFINITE),
+        status = first_that_holds(
+            (first & (solver_state.status == SolverStatus.NONFINITE), Status.NONFINITE),
+            (
                 first & (view.reached | ((best.level > 0) & (self.confidence is None))),
-                first & is_zero,
-                changed & verdict.finished,
-                changed & verdict.exhausted,
-                num_evals >= self.max_evals,
-            ],
-            [
-                jnp.int32(Status.NONFINITE),
-                jnp.int32(Status.ALREADY_TARGET),
-                jnp.int32(Status.VANISHING_GRADIENT),
-                jnp.int32(Status.CONVERGED),
-                jnp.where(best.level > 0, Status.STALLED, Status.NOT_FOUND).astype(jnp.int32),
-                jnp.int32(Status.BUDGET),
-            ],
-            jnp.int32(Status.RUNNING),
+                Status.ALREADY_TARGET,
+            ),
+            (first & is_zero, Status.VANISHING_GRADIENT),
+            (changed & verdict.finished, Status.CONVERGED),
+            (changed & verdict.exhausted & (best.level > 0), Status.STALLED),
+            (changed & verdict.exhausted, Status.NOT_FOUND),
+            (num_evals >= self.max_evals, Status.BUDGET),
         )
         running = state.status == Status.RUNNING
         return state._replace(
@@ -358,6 +355,7 @@ class Search:
             num_evals=jnp.where(running, solver_state.num_evals, state.solver.num_evals),
             value=jnp.where(changed, jnp.where(known, value, jnp.inf), solver_state.value),
             grad=jnp.where(changed, jnp.where(known, grad, 0), solver_state.grad),
+            evaluated=jnp.where(changed, known, solver_state.evaluated),
         )
 
 

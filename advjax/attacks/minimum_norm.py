@@ -1,7 +1,7 @@
 """The paper's problem (1) itself, solved by an augmented Lagrangian."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from advjax import checks, losses
 from advjax.attacks.attack import Attack
-from advjax.attacks.machine import Search, Verdict, View
 from advjax.attacks.ddn import Start
+from advjax.attacks.machine import Search, Verdict, View
 from advjax.solvers import Solver, lbfgsb
 from advjax.types import Box, LogitsFn
 
@@ -27,7 +27,7 @@ def minimum_norm(
     logits_fn: LogitsFn,
     *,
     box: Box | tuple = Box(),  # noqa: B008 an immutable default
-    solver: Solver = lbfgsb(tol=0, first_step=1 / (1 + _FIRST_PENALTY)),  # noqa: B008
+    solver: Solver = lbfgsb(),  # noqa: B008
     confidence: float | None = None,
     tol: float = 1e-2,
     max_evals: int = 500,
@@ -115,6 +115,8 @@ class AugmentedLagrangian:
     tol: float
     first_tol: float
 
+    first_step: ClassVar[float] = 1 / (1 + _FIRST_PENALTY)
+
     def init(self, r: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct) -> _Multipliers:
         """Return multipliers of 0 and a penalty of 1."""
 
@@ -201,7 +203,7 @@ class AugmentedLagrangian:
 def _constraints(
     params: _Multipliers, logits: Float[Array, " classes"], target: Int[Array, ""]
 ) -> Float[Array, " classes"]:
-    """What must not be positive: by how much each class exceeds the target, and the margin on top."""
+    """What must not be positive: each class's logit less the target's, plus the margin asked for."""
     others = jnp.arange(len(logits)) != target
     return jnp.where(others, logits - logits[target] + params.goal, -jnp.inf)
 

@@ -82,21 +82,23 @@ def admission(
         box: `(lower, upper)`, each broadcast to `x`.
     """
     lower, upper = map(jnp.asarray, box)
-    return jnp.select(
-        [
-            ~jnp.all((lower <= upper) & (lower < jnp.inf) & (upper > -jnp.inf)),
-            ~jnp.all(jnp.isfinite(x)),
-            (label < 0) | (label >= num_classes),
-            checks.is_outside(x, box),
-        ],
-        [
-            jnp.int32(Status.EMPTY_BOX),
-            jnp.int32(Status.NONFINITE),
-            jnp.int32(Status.INVALID_TARGET),
-            jnp.int32(Status.OUTSIDE_BOX),
-        ],
-        jnp.int32(Status.RUNNING),
+    return first_that_holds(
+        (~jnp.all((lower <= upper) & (lower < jnp.inf) & (upper > -jnp.inf)), Status.EMPTY_BOX),
+        (~jnp.all(jnp.isfinite(x)), Status.NONFINITE),
+        ((label < 0) | (label >= num_classes), Status.INVALID_TARGET),
+        (checks.is_outside(x, box), Status.OUTSIDE_BOX),
     )
+
+
+def first_that_holds(*cases: tuple[Bool[Array, ""], int | Int[Array, ""]]) -> Int[Array, ""]:
+    """Return the status of the first case whose condition holds, or else `RUNNING`.
+
+    `jnp.select` would stack the conditions, which may be sharded in different ways.
+    """
+    status = jnp.int32(Status.RUNNING)
+    for condition, value in reversed(cases):
+        status = jnp.where(condition, jnp.int32(value), status)
+    return status
 
 
 def is_untried(status: Int[Array, ""]) -> Bool[Array, ""]:

@@ -1,4 +1,4 @@
-"""Images as arrays: MNIST, Fashion-MNIST, a sample of MNIST in the package, and photographs."""
+"""Loads images as arrays: MNIST, Fashion-MNIST and photographs."""
 
 from advjax.data.loading import Dataset, load
 from advjax.data.photographs import imagenet_names, load_imagenet, load_photographs

@@ -1,4 +1,4 @@
-"""Loads a data set as arrays, from tensorflow-datasets or from the sample inside the package."""
+"""Loads a data set as arrays, from tensorflow-datasets or from the sample in the package."""
 
 import importlib.resources
 import logging
@@ -19,7 +19,13 @@ SOURCES = ("auto", "tfds", "embedded")
 
 
 class Dataset(NamedTuple):
-    """The images, their labels, and where they came from."""
+    """Images with their labels.
+
+    Attributes:
+        images: The images, floating in [0, 1].
+        labels: The class of each image.
+        source: Where they were read from.
+    """
 
     images: Float[np.ndarray, "n height width channels"]
     labels: Int[np.ndarray, " n"]
@@ -33,26 +39,26 @@ def load(
     source: Literal["auto", "tfds", "embedded"] = "auto",
     data_dir: str | os.PathLike[str] | None = None,
 ) -> Dataset:
-    """Loads one split of MNIST or Fashion-MNIST as NumPy arrays.
+    """Load one split of MNIST or Fashion-MNIST as NumPy arrays.
 
     Args:
-      name: The data set, "mnist" or "fashion_mnist".
-      split: "train" (60,000 images) or "test" (10,000 images).
-      source: "tfds" reads what tensorflow-datasets has prepared, and downloads and prepares what
-        it has not; TensorFlow is not needed. "embedded" is a sample of MNIST inside the package:
-        500 training and 100 test images of each digit. "auto" is "tfds" where that can be had,
-        and otherwise, with a warning, "embedded".
-      data_dir: Where tensorflow-datasets keeps its data; its own default, TFDS_DATA_DIR or
-        ~/tensorflow_datasets, if None.
+        name: The data set, "mnist" or "fashion_mnist".
+        split: "train" (60,000 images) or "test" (10,000 images).
+        source: "tfds" reads data prepared by tensorflow-datasets, and otherwise downloads and
+            prepares them; TensorFlow is not needed. "embedded" is a sample of MNIST in the package,
+            with 500 training and 100 test images of each digit. "auto" is "tfds" if possible, and
+            otherwise "embedded", with a warning.
+        data_dir: The folder of tensorflow-datasets; by default its own, TFDS_DATA_DIR or
+            ~/tensorflow_datasets.
 
     Returns:
-      Images (n, 28, 28, 1), float32 in [0, 1]; labels (n,), int32 in 0..9; and the source,
-      "tfds" or "embedded". The order is that of tensorflow-datasets, in which classes are mixed.
+        Images `(n, 28, 28, 1)`, float32 in [0, 1]; labels `(n,)`, int32 in [0, 9]; and the source,
+        "tfds" or "embedded". The order is that of tensorflow-datasets, in which classes are mixed.
 
     Raises:
-      ValueError: An unknown `name`, `split` or `source`, or a data set that is not embedded.
-      ImportError: tensorflow-datasets is needed and is not installed.
-      OSError: The data are not prepared, and cannot be downloaded within a few seconds' notice.
+        ValueError: If `name`, `split` or `source` is unknown, or the data set is not embedded.
+        ImportError: If tensorflow-datasets is needed and not installed.
+        OSError: If the data are not prepared and the server does not answer within seconds.
     """
     _check("name", name, NAMES)
     _check("split", split, SPLITS)
@@ -65,7 +71,7 @@ def load(
         if source == "tfds" or name != "mnist":
             raise
         warnings.warn(
-            f"Loading the sample of MNIST inside the package, not the full set: {error}",
+            f"Loading the sample of MNIST in the package instead of the full data set: {error}",
             stacklevel=2,
         )
         return _from_sample(name, split)
@@ -73,7 +79,7 @@ def load(
 
 def _check(argument: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise ValueError(f"{argument}={value!r} is unknown; choose one of {', '.join(known)}")
+        raise ValueError(f"{argument}: {value!r}, expected one of {', '.join(known)}.")
 
 
 def _to_dataset(
@@ -85,7 +91,7 @@ def _to_dataset(
 def _from_sample(name: str, split: str) -> Dataset:
     if name != "mnist":
         raise ValueError(
-            f'name={name!r} is not embedded, only mnist is; load it with source="tfds"'
+            f'name: {name!r} is not embedded, expected mnist; load it with source="tfds".'
         )
     resource = importlib.resources.files("advjax.data") / "mnist_sample.npz"
     with resource.open("rb") as file, np.load(file) as sample:
@@ -94,31 +100,31 @@ def _from_sample(name: str, split: str) -> Dataset:
 
 def _from_tfds(name: str, split: str, data_dir: str | os.PathLike[str] | None) -> Dataset:
     try:
-        from advjax.data import idx_builder
+        from advjax.data import tfds_mnist
     except ImportError as error:
         raise ImportError(
-            f'{name} is read with tensorflow-datasets: pip install "advjax[experiments]" ({error})'
+            f'{name} is read with tensorflow-datasets; pip install "advjax[experiments]" ({error}).'
         ) from error
 
     with absl_errors_only():
-        builder = idx_builder.prepared(name, tfds_folder(data_dir))
+        builder = tfds_mnist.prepared(name, tfds_folder(data_dir))
         images, labels = cache.arrays(
-            f"{name}-{split}-{builder.version}-{idx_builder.fingerprint(builder, split)}.npz",
-            lambda: idx_builder.read(builder, split),
+            f"{name}-{split}-{builder.version}-{tfds_mnist.fingerprint(builder, split)}.npz",
+            lambda: tfds_mnist.read(builder, split),
         )
     return _to_dataset(images, labels, "tfds")
 
 
 def tfds_folder(data_dir: str | os.PathLike[str] | None) -> str | None:
-    """Where tensorflow-datasets keeps its data, if it is told."""
-    # It reads the variable too, but only once, when it is imported.
+    """The folder of tensorflow-datasets, if one is given."""
+    # tensorflow-datasets reads the variable too, but only once, when it is imported.
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")
     return os.path.expanduser(data_dir) if data_dir else None
 
 
 @contextmanager
 def absl_errors_only() -> Iterator[None]:
-    """Mutes the warnings tensorflow-datasets logs about what is handled or meant here."""
+    """Mute warnings that tensorflow-datasets logs about cases that are handled here."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from advjax.models.fully_connected import dense_layers
@@ -13,9 +14,9 @@ from advjax.models.fully_connected import dense_layers
 class ConvNet(nn.Module):
     """A small convolutional network, for the paper's figures of units on MNIST.
 
-    The paper does not tell which one it took. This is the standard one of certified robustness: two
-    strided convolutions and a hidden dense layer, and no pooling, which gradients and Lipschitz
-    bounds pass through with a loss. It takes ONE image; use `jax.vmap` for a batch:
+    The paper does not say which network it used. This one is standard in certified robustness: two
+    strided convolutions and a hidden dense layer, without pooling, which would make Lipschitz
+    bounds looser. The input is ONE image; use `jax.vmap` for a batch:
 
         model = ConvNet()
         params = model.init(key, image)
@@ -23,11 +24,11 @@ class ConvNet(nn.Module):
         phi = model.apply(params, image, method="layers")["hidden1"]
 
     Attributes:
-        channels: Those of each convolution, 4 x 4 with stride 2, which halves the image.
+        channels: Output channels of each convolution, 4 x 4 with stride 2, which halves the image.
         features: The width of each dense layer; the last is the number of classes.
         activation: The elementwise function after every layer but the last.
 
-    Source: Wong and Kolter (2018), arXiv:1711.00851, section 4.
+    Reference: Wong and Kolter (2018), arXiv:1711.00851, section 4.
     """
 
     channels: tuple[int, ...] = (16, 32)
@@ -35,11 +36,13 @@ class ConvNet(nn.Module):
     activation: Callable[[Array], Array] = jax.nn.relu
 
     @nn.compact
-    def layers(self, x: Float[Array, "height width channels"]) -> dict[str, Float[Array, "..."]]:
-        """The output of each layer by its name: "conv1", ..., "hidden1", ..., "logits".
+    def layers(
+        self, x: Float[ArrayLike, "height width channels"]
+    ) -> dict[str, Float[Array, "..."]]:
+        """Compute the output of each layer by name: "conv1", ..., "hidden1", ..., "logits".
 
-        Outputs are taken after the activation; those of the hidden dense layers also before it, as
-        "hidden1_preactivation" and so on. Parameters are named by layer.
+        These are outputs after the activation; "hidden1_preactivation", and so on for each hidden
+        dense layer, is the output before it. Parameters are named by layer.
         """
         outputs = {}
         for i, channels in enumerate(self.channels, start=1):
@@ -47,6 +50,6 @@ class ConvNet(nn.Module):
             outputs[f"conv{i}"] = x = self.activation(conv(x))
         return outputs | dense_layers(jnp.ravel(x), self.features, self.activation)
 
-    def __call__(self, x: Float[Array, "height width channels"]) -> Float[Array, " classes"]:
-        """The logits of one image."""
+    def __call__(self, x: Float[ArrayLike, "height width channels"]) -> Float[Array, " classes"]:
+        """Compute the logits of one image."""
         return self.layers(x)["logits"]

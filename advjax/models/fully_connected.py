@@ -5,41 +5,42 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 
 class Softmax(nn.Module):
     """Softmax regression, the paper's FC10: one linear layer on the flattened image.
 
-    It takes ONE example of any shape; use `jax.vmap` for a batch:
+    The input is ONE example of any shape; use `jax.vmap` for a batch:
 
         model = Softmax()
         params = model.init(key, image)
         logits_fn = functools.partial(model.apply, params)
 
     Attributes:
-        classes: How many classes.
+        classes: Number of classes.
 
-    Source: Szegedy et al. (2013), section 4.2.
+    Reference: Szegedy et al. (2013), section 4.2.
     """
 
     classes: int = 10
 
     @nn.compact
-    def layers(self, x: Float[Array, "*shape"]) -> dict[str, Float[Array, " features"]]:
-        """The output of each layer by its name, here only "logits"."""
+    def layers(self, x: Float[ArrayLike, "*shape"]) -> dict[str, Float[Array, " features"]]:
+        """Compute the output of each layer by name; here the only one is "logits"."""
         return {"logits": nn.Dense(self.classes, name="logits")(jnp.ravel(x))}
 
-    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, " classes"]:
-        """The logits of one example."""
+    def __call__(self, x: Float[ArrayLike, "*shape"]) -> Float[Array, " classes"]:
+        """Compute the logits of one example."""
         return self.layers(x)["logits"]
 
 
 class MLP(nn.Module):
     """A multilayer perceptron, by default the paper's FC100-100-10.
 
-    It takes ONE example of any shape; use `jax.vmap` for a batch. Ask for the outputs of the
-    hidden layers by name:
+    The input is ONE example of any shape; use `jax.vmap` for a batch. The outputs of the hidden
+    layers have names:
 
         model = MLP()
         params = model.init(key, image)
@@ -51,7 +52,7 @@ class MLP(nn.Module):
         features: The width of each layer; the last is the number of classes.
         activation: The elementwise function after every layer but the last.
 
-    Source: Szegedy et al. (2013), section 4.2.
+    Reference: Szegedy et al. (2013), section 4.2.
     """
 
     features: tuple[int, ...] = (100, 100, 10)
@@ -59,20 +60,20 @@ class MLP(nn.Module):
 
     @nn.compact
     def layers(
-        self, x: Float[Array, "*shape"], *, after: str | None = None
+        self, x: Float[ArrayLike, "*shape"], *, after: str | None = None
     ) -> dict[str, Float[Array, " features"]]:
-        """The output of each layer by its name: "hidden1", "hidden2", ..., "logits".
+        """Compute the output of each layer by name: "hidden1", "hidden2", ..., "logits".
 
-        Hidden outputs are taken after the activation, and before it as "hidden1_preactivation" and
-        so on. Parameters are named by layer. With `after="hidden1"`, `x` is the output of that
-        layer, and the outputs are those of the layers above.
+        "hidden1" is the output after the activation, "hidden1_preactivation" before it. Parameters
+        are named by layer. With `after="hidden1"`, `x` is the output of that layer, and only the
+        layers above it are computed.
         """
         return dense_layers(jnp.ravel(x), self.features, self.activation, after=after)
 
     def __call__(
-        self, x: Float[Array, "*shape"], *, after: str | None = None
+        self, x: Float[ArrayLike, "*shape"], *, after: str | None = None
     ) -> Float[Array, " classes"]:
-        """The logits of one example, or of a hidden layer's output with `after="hidden1"`."""
+        """Compute the logits of one example; with `after="hidden1"`, of that layer's output."""
         return self.layers(x, after=after)["logits"]
 
 
@@ -83,21 +84,21 @@ def dense_layers(
     *,
     after: str | None = None,
 ) -> dict[str, Float[Array, " features"]]:
-    """The dense layers that end a classifier, and the outputs of each by their names.
+    """Apply the dense layers at the end of a classifier, and return their outputs by name.
 
-    Call it inside a compact method: the layers belong to the module that it is called in.
+    Call it inside a compact method: the layers become submodules of the calling module.
 
     Args:
-        x: The flat input.
+        x: The input, flat.
         features: The width of each layer; the last is the number of classes.
         activation: The elementwise function after every layer but the last.
-        after: The hidden layer whose output `x` is, if it is that of one.
+        after: The hidden layer whose output `x` is; None if `x` is the input of the first.
 
     Returns:
         "hidden1_preactivation", "hidden1", and so on for each hidden layer above `x`, and "logits".
 
     Raises:
-        ValueError: If there is no hidden layer of the name `after`.
+        ValueError: If no hidden layer is called `after`.
     """
     outputs: dict[str, Array] = {}
     *widths, classes = features

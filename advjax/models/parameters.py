@@ -1,4 +1,4 @@
-"""Parameters in a file."""
+"""Saves and loads parameters."""
 
 import os
 from collections.abc import Mapping
@@ -19,20 +19,20 @@ def save(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write parameters to one safetensors file, in a single step: whole or not at all.
+    """Write parameters to one safetensors file, atomically.
 
     Safetensors rather than Orbax: these networks are small, and one plain file is easier to keep
-    and hand on than a directory. It opens in NumPy and PyTorch too, and reading it runs no code.
+    and to share than a directory. NumPy and PyTorch can read it too, and reading it runs no code.
 
     Args:
         path: The file to write or replace.
-        params: Nested dicts of arrays, as `init` of a Flax Linen module makes them. An array is
-            named by its keys: "params/hidden1/kernel".
-        metadata: Strings to keep beside them: how the network was trained, say. Read them with
-            `safetensors.safe_open(path, "numpy").metadata()`.
+        params: Nested dicts of arrays, as made by `init` of a Flax Linen module. An array is named
+            by its keys: "params/hidden1/kernel".
+        metadata: Strings to store with them, for example how the network was trained. Read them
+            with `safetensors.safe_open(path, "numpy").metadata()`.
 
     Raises:
-        ValueError: If `params` is anything but nested dicts whose keys are strings without "/".
+        ValueError: If `params` is not made of nested dicts whose keys are strings without "/".
     """
     flat = {_name(keys): leaf for keys, leaf in jax.tree.leaves_with_path(params)}
     data = safetensors.flax.save(flat, metadata=dict(metadata) if metadata else None)
@@ -47,17 +47,17 @@ def load(path: str | os.PathLike[str]) -> PyTree[Array]:
 
     Returns:
         Nested dicts of arrays with the dtypes that were saved; without `jax_enable_x64`, JAX
-        narrows 64 bits to 32.
+        converts 64 bits to 32.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a whole safetensors file.
+        ValueError: If the file is not a complete safetensors file.
     """
     try:
         flat = safetensors.flax.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"path: {os.fspath(path)} is not a whole safetensors file ({error}); save it again."
+            f"path: {os.fspath(path)} is not a complete safetensors file ({error}); save it again."
         ) from error
     return traverse_util.unflatten_dict(flat, sep="/")
 

@@ -1,4 +1,4 @@
-"""Weights that PyTorch saved, read without PyTorch and without running what the file says."""
+"""Reads weights saved by PyTorch, without PyTorch and without running code from the file."""
 
 import collections
 import io
@@ -9,7 +9,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 
 from advjax import checks
 
-_DTYPES = {  # as PyTorch's storages are called, and as safetensors calls them
+_DTYPES = {  # the names of PyTorch's storages, and the names in safetensors
     ("DoubleStorage", "F64"): np.dtype("<f8"),
     ("FloatStorage", "F32"): np.dtype("<f4"),
     ("HalfStorage", "F16"): np.dtype("<f2"),
@@ -39,14 +39,15 @@ _LEGACY_VERSION = 1001
 
 
 def load_torch_weights(path: str | os.PathLike[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Read the weights of a network from a file of PyTorch, as NumPy arrays by their names.
+    """Read the weights of a network from a PyTorch file, as NumPy arrays by name.
 
-    A checkpoint is untrusted input, and a pickle can run anything. This reads it with an unpickler
-    that knows what a dict of tensors is made of and refuses everything else.
+    A checkpoint is untrusted input, and unpickling can run any code. The unpickler used here
+    accepts what a dict of tensors consists of and refuses everything else.
 
     Args:
-        path: What `torch.save(model.state_dict(), path)` wrote, in today's zip format or in the one
-            before PyTorch 1.6, or a safetensors file. The contents tell which, not the name.
+        path: A file written by `torch.save(model.state_dict(), path)`, in the current zip format or
+            in the format before PyTorch 1.6, or a safetensors file. The format is recognised from
+            the contents, not from the name.
 
     Returns:
         A writable array for each name, such as "features.0.weight", with the shape and dtype that
@@ -54,8 +55,8 @@ def load_torch_weights(path: str | os.PathLike[str]) -> dict[str, Shaped[np.ndar
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is none of these or not whole, if it asks for anything but tensors,
-            or if it holds anything but a flat dict of them. The message names what, and where.
+        ValueError: If the file has another format or is incomplete, or if it holds anything but a
+            flat dict of tensors. The message says what was found, and where.
     """
     with Path(path).open("rb") as file:
         start = file.read(9)
@@ -65,29 +66,29 @@ def load_torch_weights(path: str | os.PathLike[str]) -> dict[str, Shaped[np.ndar
                 return _read_safetensors(file)
             if start.startswith(b"PK"):
                 return _read_zip(file)
-            if start.startswith(b"\x80"):  # how every pickle since protocol 2 begins
+            if start.startswith(b"\x80"):  # the first byte of every pickle since protocol 2
                 return _read_legacy(file)
-            raise ValueError("it is no file of PyTorch or safetensors")
+            raise ValueError("it is not a PyTorch or safetensors file")
         except Exception as error:  # a damaged or hostile pickle can raise anything
             raise ValueError(
-                f"path: {os.fspath(path)} was not read: {str(error) or type(error).__name__}."
+                f"path: {os.fspath(path)} cannot be read: {str(error) or type(error).__name__}."
             ) from error
 
 
 def checked_entries(
     weights: Mapping[str, ArrayLike], expected: Set[str], *, of: str, options: str
 ) -> Callable[[str, tuple[int, ...]], Float[Array, "..."]]:
-    """How to take entries from weights that have just the expected ones.
+    """Check the names of weights, and return a function that looks up entries and checks shapes.
 
     Args:
-        weights: Arrays by their names.
-        expected: The names that there should be.
-        of: Whose weights they should be, for the message.
-        options: The model's attributes that decide the shapes, for the message.
+        weights: Arrays by name.
+        expected: The expected names.
+        of: The model of the weights, for the message.
+        options: The model's attributes that determine the shapes, for the message.
 
     Returns:
-        `(name, shape) -> array`. A TypeError tells that an entry is not floating, a ValueError that
-        it is of another shape.
+        `(name, shape) -> array`, which raises TypeError if the entry is not floating, and
+        ValueError if it has another shape.
 
     Raises:
         ValueError: If entries are missing or unknown; the message names them.
@@ -102,15 +103,15 @@ def checked_entries(
         array = checks.floating(name, weights[name])
         if array.shape != shape:
             raise ValueError(
-                f"{name}: shape {array.shape}, expected {shape}; choose the model's {options} as "
-                "in the file."
+                f"{name}: shape {array.shape}, expected {shape}; set the model's {options} as in "
+                "the file."
             )
         return array
 
     return entry
 
 
-def _read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_safetensors(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     arrays = {}
     for name, entry in safetensors.deserialize(file.read()):
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
@@ -120,7 +121,7 @@ def _read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_zip(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
@@ -130,8 +131,9 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         def read(name: str) -> bytes:
             member = members.get(roots[0] + name)
             if member is None:
-                raise ValueError(f"the archive has no {name}; it is not whole")
-            if member.compress_type != zipfile.ZIP_STORED:  # a small file must not fill the memory
+                raise ValueError(f"the archive has no {name}; it is incomplete")
+            # A small compressed file could fill the memory.
+            if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{name} is compressed, which PyTorch never does")
             return archive.read(member)
 
@@ -141,10 +143,10 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         return _arrays(state, lambda storage: read(f"data/{storage.key}"))
 
 
-def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_legacy(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     header = [_Unpickler(file).load() for _ in range(3)]
     if header[:2] != [_LEGACY_MAGIC, _LEGACY_VERSION]:
-        raise ValueError("it is a pickle, but not one that PyTorch wrote")
+        raise ValueError("it is a pickle, but not one written by PyTorch")
     _little_endian(header[2]["little_endian"])
     unpickler = _Unpickler(file)
     state = unpickler.load()
@@ -164,7 +166,7 @@ def _little_endian(little: bool) -> None:
 
 
 class _Storage(NamedTuple):
-    """A flat array that tensors are views of, its contents not read yet."""
+    """A flat array of which tensors are views; its contents have not been read."""
 
     key: str
     dtype: np.dtype
@@ -176,7 +178,7 @@ class _Storage(NamedTuple):
 
 
 class _Tensor(NamedTuple):
-    """A view of a storage; offset and strides count elements."""
+    """A view of a storage; offset and strides are in elements."""
 
     storage: _Storage
     offset: int
@@ -187,10 +189,11 @@ class _Tensor(NamedTuple):
 class _Unpickler(pickle.Unpickler):
     """Makes dicts of `_Tensor`s and plain values, and nothing else.
 
-    What `find_class` hands out is immutable, or new each time: a pickle can also set attributes.
+    A pickle can also set attributes; what `find_class` returns is therefore immutable, or created
+    anew for each call.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: io.BufferedIOBase) -> None:
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
 
@@ -205,14 +208,14 @@ class _Unpickler(pickle.Unpickler):
             case "torch", storage if storage in _TORCH_DTYPES:
                 return storage
         raise pickle.UnpicklingError(
-            f"it asks for {module}.{name}, which is refused, as weights are tensors only; "
-            "save model.state_dict(), not the model"
+            f"it contains {module}.{name}, expected only tensors; save model.state_dict(), not the "
+            "model"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size, *view = pid
         if kind != "storage" or any(view):
-            raise pickle.UnpicklingError(f"a storage of an unknown kind, {pid!r}")
+            raise pickle.UnpicklingError(f"it contains a storage of unknown kind, {pid!r}")
         self.storages[key] = _Storage(key, _TORCH_DTYPES[dtype], size)
         return self.storages[key]
 
@@ -224,7 +227,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _arrays(state: Any, read: Callable[[_Storage], bytes]) -> dict[str, np.ndarray]:
-    """The tensors of an unpickled file as arrays, with the contents of their storages."""
+    """The tensors of an unpickled file as arrays; `read` returns the contents of a storage."""
     if not isinstance(state, Mapping):
         raise ValueError(f"it holds a {type(state).__name__}, expected a dict of tensors")
     arrays = {}
@@ -245,13 +248,13 @@ def _array(tensor: _Tensor, content: bytes) -> np.ndarray:
     storage, offset, shape, strides = tensor
     if len(content) != storage.nbytes:
         raise ValueError(
-            f"its storage has {len(content)} bytes, expected {storage.nbytes}; it is not whole"
+            f"its storage has {len(content)} bytes, expected {storage.nbytes}; it is incomplete"
         )
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     needed = max(last + 1, math.prod(shape)) if all(shape) else 0
     if min(offset, *shape, *strides, 0) < 0 or needed > storage.size:
         raise ValueError(
-            f"its shape {shape} with strides {strides} from {offset} on does not fit into a "
+            f"its shape {shape} with strides {strides} and offset {offset} does not fit into a "
             f"storage of {storage.size} elements"
         )
     flat = np.frombuffer(content, storage.dtype)[offset:]

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from advjax import checks
+from advjax import checks, sharding
 from advjax.attacks import Attack, AttackResult
 from advjax.progress import bar
 from advjax.runner.checkpoint import Checkpoint, fingerprint
-from advjax.runner.lanes import as_attack, attack_in_lanes, lane
+from advjax.runner.lanes import AXIS, as_attack, attack_in_lanes, lane
 from advjax.runner.memory import default_batch_size
 from advjax.types import Box
 
@@ -43,7 +43,7 @@ def attack_images(
     rounding of matrix products.
 
     Args:
-        attack: The attack: `attacks.minimum_norm(logits_fn)`, or any other `Attack`; or any function
+        attack: An `Attack`, as `attacks.minimum_norm(logits_fn)` makes; or any function
             `(x, target) -> AttackResult` that can be jitted, which runs in plain batches. The
             model's parameters are arguments of the compiled program: a second model of the same
             shapes does not compile again.
@@ -66,26 +66,31 @@ def attack_images(
 
     Raises:
         TypeError: If `xs` is not floating, `targets` not integers, or `mesh` no mesh.
-        ValueError: If the two differ in length, an image lies outside the box, `batch_size` is not a positive integer, `mesh` has
-            no device of this process, or `directory` holds another run; the message tells in what
-            it differs.
+        ValueError: If the two differ in length, an image lies outside the box, `batch_size` is not
+            a positive integer, `mesh` has no device of this process, or `directory` holds another
+            run; the message tells in what it differs.
         OSError: If `directory` cannot be written. What it holds by then counts for the next call.
     """
     xs, targets = _examples(xs, targets)
     devices = _local_devices(mesh)
     if isinstance(attack, Attack):
         _check_inside(xs, attack.box)
-    example = jax.ShapeDtypeStruct(xs.shape[1:], jax.dtypes.canonicalize_dtype(xs.dtype))
-    attack = as_attack(attack, example)
-    state, result = lane.eval_shape(attack, example, jax.ShapeDtypeStruct((), np.int32))
-    results = jax.tree.map(lambda leaf: np.zeros((len(xs), *leaf.shape), leaf.dtype), result)
     share = np.arange(len(xs))[jax.process_index() :: jax.process_count()]
-    if batch_size is None:
-        batch_size = default_batch_size(attack, state, xs[:1], devices[0])
-    batch_size = checks.positive_int("batch_size", batch_size)
-    batch_size = max(1, min(batch_size, -(-len(share) // len(devices))))
+    example = jax.ShapeDtypeStruct(xs.shape[1:], jax.dtypes.canonicalize_dtype(xs.dtype))
+    lanes_mesh = Mesh(np.asarray(devices), (AXIS,))
 
     with contextlib.ExitStack() as stack:
+        # The lanes have a mesh of their own, while the caller's may be explicit.
+        stack.enter_context(sharding.no_mesh())
+        replicated = NamedSharding(lanes_mesh, PartitionSpec())
+        attack = as_attack(jax.device_put(attack, replicated), example)
+        state, result = lane.eval_shape(attack, example, jax.ShapeDtypeStruct((), np.int32))
+        results = jax.tree.map(lambda leaf: np.zeros((len(xs), *leaf.shape), leaf.dtype), result)
+        if batch_size is None:
+            batch_size = default_batch_size(attack, state, xs[:1], devices[0])
+        batch_size = checks.positive_int("batch_size", batch_size)
+        batch_size = max(1, min(batch_size, -(-len(share) // len(devices))))
+
         queue, add = share, None
         if directory is not None:
             run = fingerprint(attack, xs, targets)
@@ -97,7 +102,7 @@ def attack_images(
             shown = bar(desc=title, total=len(share), initial=done, unit="image")
             stack.enter_context(shown)
         for images, finished in attack_in_lanes(
-            attack, xs, targets, queue, devices=devices, batch_size=batch_size
+            attack, xs, targets, queue, mesh=lanes_mesh, batch_size=batch_size
         ):
             for field, values in zip(results, finished, strict=True):
                 field[images] = values

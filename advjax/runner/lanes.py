@@ -8,7 +8,7 @@ between host and devices.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -50,7 +50,7 @@ def attack_in_lanes(
     targets: Int[np.ndarray, " n"],
     queue: Int[np.ndarray, " m"],
     *,
-    devices: Sequence[jax.Device],
+    mesh: Mesh,
     batch_size: int,
 ) -> Iterator[tuple[Int[np.ndarray, " k"], AttackResult]]:
     """Attack the images in the queue, in whatever order they come to an end.
@@ -60,7 +60,7 @@ def attack_in_lanes(
         xs: All images.
         targets: A class for each.
         queue: Which to attack: indices into `xs`.
-        devices: Of this process; they share the queue.
+        mesh: The devices of this process, along `AXIS`; they share the queue.
         batch_size: The lanes on each device.
 
     Yields:
@@ -68,10 +68,8 @@ def attack_in_lanes(
     """
     if not len(queue):
         return
-    mesh = Mesh(np.asarray(devices), (AXIS,))
-    attack = jax.device_put(attack, NamedSharding(mesh, PartitionSpec()))
     places = -(-batch_size // TURNOVER)
-    image_in = np.full((len(devices), batch_size), -1)  # lane: the image's index, or -1
+    image_in = np.full((mesh.size, batch_size), -1)  # lane: the image's index, or -1
 
     def admit() -> Arrivals:
         """The next images, as evenly over the devices as they go."""
@@ -85,7 +83,7 @@ def attack_in_lanes(
         place = place[device, lane]
         image_in[device, lane] = images
 
-        at = np.full((len(devices), places), batch_size, np.int32)
+        at = np.full((mesh.size, places), batch_size, np.int32)
         new_xs = np.zeros((*at.shape, *xs.shape[1:]), xs.dtype)
         new_targets = np.zeros(at.shape, np.int32)
         at[device, place], new_xs[device, place] = lane, xs[images]

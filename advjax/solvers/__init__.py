@@ -6,7 +6,9 @@ from advjax.solvers.base import (
     SolverState,
     Status,
     initial_state,
+    next_state,
     projected_gradient_norm,
+    reevaluate,
 )
 from advjax.solvers.jaxopt import jaxopt_lbfgsb
 from advjax.solvers.lbfgsb import lbfgsb
@@ -21,5 +23,7 @@ __all__ = [
     "jaxopt_lbfgsb",
     "lbfgsb",
     "minimize",
+    "next_state",
     "projected_gradient_norm",
+    "reevaluate",
 ]

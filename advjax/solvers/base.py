@@ -2,11 +2,12 @@
 
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from advjax.types import Box
 
@@ -22,7 +23,7 @@ class Status(enum.IntEnum):
 
     RUNNING = 0
     CONVERGED = 1
-    """The projected gradient is within the tolerance."""
+    """The projected gradient is within the caller's tolerance."""
     STALLED = 2
     """No step lowers the value any more: the optimum to within rounding, or a kink."""
     NONFINITE = 3
@@ -36,9 +37,9 @@ class Status(enum.IntEnum):
 class SolverState(NamedTuple):
     """The state of a minimisation between two evaluations.
 
-    A caller whose objective changes may replace `value` and `grad` by those of the new objective
-    at the same `x`, or have `x` evaluated again by the next step (`evaluate_again`); a step from a
-    state that had ended starts a new line search.
+    A caller whose objective changes either replaces `value` and `grad` by those of the new
+    objective at the same `x`, or asks for a re-evaluation (`reevaluate`). A step from a state that
+    had stalled starts a new line search.
     """
 
     x: Float[Array, "*shape"]
@@ -51,25 +52,44 @@ class SolverState(NamedTuple):
     """What else the objective returned there."""
     error: Float[Array, ""]
     """`||clip(x - grad) - x||_2`, the length of the projected gradient."""
+    evaluated: Bool[Array, ""]
+    """Whether `value` and `grad` are the objective's at `x`; if not, the next step evaluates `x`.
+    """
     status: Int[Array, ""]
+    """`RUNNING`, `STALLED` or `NONFINITE`. That it has converged is for the caller to say."""
     num_evals: Int[Array, ""]
     memory: Any
     """What only the solver itself reads."""
 
 
-InitFn = Callable[[ValueAndGrad, Float[Array, "*shape"], Box], SolverState]
+class InitFn(Protocol):
+    """`(value_and_grad, x0, box, first_step=None) -> state`, without an evaluation."""
+
+    def __call__(
+        self,
+        value_and_grad: ValueAndGrad,
+        x0: Float[Array, "*shape"],
+        box: Box,
+        first_step: Float[ArrayLike, ""] | None = None,
+    ) -> SolverState: ...
+
+
 StepFn = Callable[[ValueAndGrad, SolverState, Box], SolverState]
 
 
 class Solver(NamedTuple):
     """A bounded minimiser as two pure functions, of one problem each; `jax.vmap` them for many.
 
+    A solver steps; its caller decides when to stop, by `state.error` or by anything else.
+
     `x` may be of any shape, but flat is best: XLA's CPU backend takes up to twenty times as long
     for a sum over the axes of an image as for one over a vector.
 
     Attributes:
-        init: `(value_and_grad, x0, box) -> state`. Evaluates nothing: the first step evaluates
-            `x0`, moved into the box.
+        init: `(value_and_grad, x0, box, first_step=None) -> state`. Evaluates nothing: the first
+            step evaluates `x0`, moved into the box. `first_step` is what the caller knows of the
+            curvature: the first step to try along minus the gradient, in multiples of it. By
+            default the solver chooses one that does not depend on the scale of the objective.
         step: `(value_and_grad, state, box) -> state`. Makes one evaluation: a trial point that is
             either accepted or brings the next trial nearer, so that the line search is part of the
             state and no loop is nested in another.
@@ -102,7 +122,7 @@ class SolverResult(NamedTuple):
 def initial_state(
     value_and_grad: ValueAndGrad, x0: Float[Array, "*shape"], box: Box, memory: Any
 ) -> SolverState:
-    """The state before the first evaluation, for a solver's `init`.
+    """Make the state before the first evaluation, for a solver's `init`.
 
     Args:
         value_and_grad: `x -> ((value, aux), grad)`, of which only the shapes are asked for.
@@ -111,7 +131,7 @@ def initial_state(
         memory: What the solver keeps for itself.
 
     Returns:
-        A `SolverState` whose value is infinite, so that the first step evaluates `x0`.
+        A `SolverState` that is not evaluated, so that the first step evaluates `x0`.
     """
     (_, aux), _ = jax.eval_shape(value_and_grad, x0)
     return SolverState(
@@ -120,23 +140,64 @@ def initial_state(
         grad=jnp.zeros_like(x0),
         aux=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), aux),
         error=jnp.full((), jnp.inf, x0.dtype),
+        evaluated=jnp.bool_(False),
         status=jnp.int32(Status.RUNNING),
         num_evals=jnp.int32(0),
         memory=memory,
     )
 
 
-def evaluate_again(state: SolverState) -> SolverState:
-    """The state whose next step evaluates `x` itself, under an objective that has changed."""
+def next_state(
+    value_and_grad: ValueAndGrad,
+    state: SolverState,
+    x: Float[Array, "*shape"],
+    box: Box,
+    memory: Any,
+) -> SolverState:
+    """Evaluate the objective at a point and move there, for a solver's `step`.
+
+    Args:
+        value_and_grad: `x -> ((value, aux), grad)`.
+        state: The state before.
+        x: Where to go; it is moved into the box.
+        box: `(lower, upper)`.
+        memory: What the solver keeps for itself.
+
+    Returns:
+        The `SolverState` at that point, better or not.
+    """
+    x = jnp.clip(x, box.lower, box.upper)
+    (value, aux), grad = value_and_grad(x)
     return state._replace(
-        value=jnp.full_like(state.value, jnp.inf), grad=jnp.zeros_like(state.grad)
+        x=x,
+        value=value,
+        grad=grad,
+        aux=aux,
+        error=projected_gradient_norm(x, grad, box),
+        evaluated=jnp.bool_(True),
+        num_evals=state.num_evals + 1,
+        memory=memory,
     )
+
+
+def reevaluate(state: SolverState) -> SolverState:
+    """Make the next step evaluate `x` itself, under an objective that has changed.
+
+    The gradient becomes 0, so that a solver that does not look at `evaluated` stays where it is.
+
+    Args:
+        state: The state under the old objective.
+
+    Returns:
+        The same state, not evaluated.
+    """
+    return state._replace(evaluated=jnp.bool_(False), grad=jnp.zeros_like(state.grad))
 
 
 def projected_gradient_norm(
     x: Float[Array, "*shape"], grad: Float[Array, "*shape"], box: Box
 ) -> Float[Array, ""]:
-    """How far a point is from being stationary in the box.
+    """Compute how far a point is from being stationary in the box.
 
     Args:
         x: A point in the box.
@@ -148,4 +209,19 @@ def projected_gradient_norm(
     """
     # As a step rather than a point: next to a large x, x - grad would round a small grad away.
     step = jnp.clip(-grad, jnp.subtract(box.lower, x), jnp.subtract(box.upper, x))
-    return jnp.linalg.norm(jnp.ravel(step))
+    scaled, exponent = scale(jnp.ravel(step))
+    return jnp.ldexp(jnp.linalg.norm(scaled), exponent)
+
+
+def scale(vector: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Int[Array, ""]]:
+    """Divide a vector by a power of two, so that squares of its entries stay in range.
+
+    Args:
+        vector: Finite numbers of any scale.
+
+    Returns:
+        The vector with a largest entry of about 1, and the exponent: exactly, but for entries that
+        vanish beside the largest, `vector = scaled * 2**exponent`.
+    """
+    exponent = jnp.frexp(jnp.max(jnp.abs(vector), initial=0))[1]
+    return jnp.ldexp(vector, -exponent), exponent

@@ -12,11 +12,13 @@ will fail, and so say it, once jaxopt is mended):
 - With `linesearch="backtracking"` it can blow up. Guard: the zoom line search, always.
 """
 
+import functools
 import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from advjax import checks
@@ -31,7 +33,7 @@ from advjax.solvers.base import (
 from advjax.types import Box
 
 
-def jaxopt_lbfgsb(*, memory: int = 10, tol: float = 1e-5, slack: float = 1e-6) -> Solver:
+def jaxopt_lbfgsb(*, memory: int = 10, slack: float = 1e-6) -> Solver:
     """`jaxopt.LBFGSB` as a `Solver`, guarded: for comparison, and for whoever relies on it.
 
     A step is one whole iteration with its line search, so it makes as many evaluations as that
@@ -40,20 +42,20 @@ def jaxopt_lbfgsb(*, memory: int = 10, tol: float = 1e-5, slack: float = 1e-6) -
 
     Args:
         memory: How many pairs of steps and gradient changes it remembers.
-        tol: It has converged where the length of the projected gradient,
-            `||clip(x - grad) - x||_2`, is at most this.
         slack: By how much the bounds it is given are wider than the box, in the unit of `x`.
 
     Returns:
-        A `Solver`. It ends as `STALLED` where its line search fails.
+        A `Solver`. It ends as `STALLED` where its line search fails. The `first_step` of its `init`
+        is ignored: jaxopt's first step is as long as the gradient.
 
     Raises:
-        ValueError: If `memory` is not a positive integer, or `tol` or `slack` is negative.
+        ValueError: If `memory` is not a positive integer, or `slack` is negative.
     """
-    memory = checks.positive_int("memory", memory)
-    tol = checks.number("tol", tol, minimum=0)
-    slack = checks.number("slack", slack, minimum=0)
+    return _make(checks.positive_int("memory", memory), checks.number("slack", slack, minimum=0))
 
+
+@functools.cache  # so that equal options are one solver, whose programs are compiled once
+def _make(memory: int, slack: float) -> Solver:
     with warnings.catch_warnings():  # that it is unmaintained, as said above
         warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
         import jaxopt
@@ -68,7 +70,12 @@ def jaxopt_lbfgsb(*, memory: int = 10, tol: float = 1e-5, slack: float = 1e-6) -
             implicit_diff=False,
         )
 
-    def init(value_and_grad: ValueAndGrad, x0: Float[Array, "*shape"], box: Box) -> SolverState:
+    def init(
+        value_and_grad: ValueAndGrad,
+        x0: Float[Array, "*shape"],
+        box: Box,
+        first_step: Float[ArrayLike, ""] | None = None,
+    ) -> SolverState:
         shapes = jax.eval_shape(method(value_and_grad).init_state, x0, None)
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         one = jnp.ones((), x0.dtype)
@@ -90,26 +97,21 @@ def jaxopt_lbfgsb(*, memory: int = 10, tol: float = 1e-5, slack: float = 1e-6) -
             x, new = method(clipped).update(state.x, known, bounds)
             return jnp.clip(x, box.lower, box.upper), _oldest_first(new, memory)
 
-        unevaluated = jnp.isinf(state.value)
-        x, new = jax.lax.cond(unevaluated, evaluate, iterate)
+        x, new = jax.lax.cond(state.evaluated, iterate, evaluate)
         finite = jnp.isfinite(new.value) & jnp.all(jnp.isfinite(new.grad) & jnp.isfinite(x))
         x, kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (x, new), (state.x, known))
-        error = jnp.where(
-            unevaluated & ~finite, jnp.inf, projected_gradient_norm(x, kept.grad, box)
-        )
+        evaluated = state.evaluated | finite
+        error = jnp.where(evaluated, projected_gradient_norm(x, kept.grad, box), jnp.inf)
         return SolverState(
             x=x,
             value=kept.value,
             grad=kept.grad,
             aux=kept.aux,
             error=error,
+            evaluated=evaluated,
             status=jnp.select(
-                [unevaluated & ~finite, error <= tol, ~finite | new.failed_linesearch],
-                [
-                    jnp.int32(Status.NONFINITE),
-                    jnp.int32(Status.CONVERGED),
-                    jnp.int32(Status.STALLED),
-                ],
+                [~evaluated, ~finite | new.failed_linesearch],
+                [jnp.int32(Status.NONFINITE), jnp.int32(Status.STALLED)],
                 jnp.int32(Status.RUNNING),
             ),
             num_evals=new.num_fun_eval,

@@ -6,10 +6,12 @@ masked to the free coordinates anew at every step, so it outlives changes of the
 changes of the objective by its caller.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks
@@ -20,6 +22,7 @@ from advjax.solvers.base import (
     ValueAndGrad,
     initial_state,
     projected_gradient_norm,
+    scale,
 )
 from advjax.types import Box
 
@@ -36,25 +39,27 @@ class _Memory(NamedTuple):
 
     history: Float[Array, "2*memory size"]
     """The steps, one a row, and below them the gradient changes."""
+    exponents: Int[Array, " memory"]
+    """Each row is scaled by a power of two to a largest entry about 1, so that no inner product of
+    steep or flat objectives overflows or vanishes. Of each pair: the exponent of the step's factor
+    less that of the change's."""
     rounding: Float[Array, " memory"]
     """Of each pair: what the inner product of the two must exceed to be more than rounding."""
     num_pairs: Int[Array, ""]
     """How many there were since the last were forgotten."""
+    first_step: Float[Array, ""] | None
+    """The inverse curvature that the caller expects; None if it does not know."""
     step_size: Float[Array, ""]
     rejections: Int[Array, ""]
     idle: Int[Array, ""]
 
 
-def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> Solver:
+def lbfgsb(*, memory: int = 4) -> Solver:
     """A limited-memory BFGS method for box constraints, made for `jax.vmap`.
 
     Args:
         memory: How many pairs of steps and gradient changes it remembers. The state holds
             `2 * memory` arrays of the size of `x`, and a step's time is mostly reading them.
-        tol: It has converged where the length of the projected gradient,
-            `||clip(x - grad) - x||_2`, is at most this.
-        first_step: The step along minus the gradient, in multiples of it, that is tried while no
-            pair tells the curvature: its inverse, where something is known of it.
 
     Returns:
         A `Solver`, one evaluation a step. A trial point whose value or gradient is not finite is
@@ -62,18 +67,25 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
         decrease.
 
     Raises:
-        ValueError: If `memory` is not a positive integer, `tol` is negative, or `first_step` is not
-            positive.
+        ValueError: If `memory` is not a positive integer.
     """
-    memory = checks.positive_int("memory", memory)
-    tol = checks.number("tol", tol, minimum=0)
-    first_step = checks.number("first_step", first_step, minimum=0, exclusive=True)
+    return _make(checks.positive_int("memory", memory))
 
-    def init(value_and_grad: ValueAndGrad, x0: Float[Array, "*shape"], box: Box) -> SolverState:
+
+@functools.cache  # so that equal options are one solver, whose programs are compiled once
+def _make(memory: int) -> Solver:
+    def init(
+        value_and_grad: ValueAndGrad,
+        x0: Float[Array, "*shape"],
+        box: Box,
+        first_step: Float[ArrayLike, ""] | None = None,
+    ) -> SolverState:
         start = _Memory(
             history=jnp.zeros((2 * memory, x0.size), x0.dtype),
+            exponents=jnp.zeros(memory, jnp.int32),
             rounding=jnp.zeros(memory, x0.dtype),
             num_pairs=jnp.int32(0),
+            first_step=_checked(first_step, x0.dtype),
             step_size=jnp.ones((), x0.dtype),
             rejections=jnp.int32(0),
             idle=jnp.int32(0),
@@ -83,11 +95,12 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
     def step(value_and_grad: ValueAndGrad, state: SolverState, box: Box) -> SolverState:
         old = state.memory
         idle = jnp.where(state.status == Status.RUNNING, old.idle, 0)
-        unevaluated = jnp.isinf(state.value)
+        known = state.evaluated
+        state = state._replace(grad=jnp.where(known, state.grad, 0))  # so that the trial is x
 
         # A step that is to be longer is projected anew; a shorter one goes less far along the
         # same segment, where the objective is as smooth as it is.
-        direction = _direction(state.x, state.grad, old, box, first_step)
+        direction = _direction(state.x, state.grad, old, box)
 
         def project(direction):
             reach = jnp.maximum(old.step_size, 1) * direction
@@ -95,7 +108,7 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
 
         segment = project(direction)
         descends = jnp.vdot(state.grad, segment) < 0
-        segment = jnp.where(descends, segment, project(-first_step * state.grad))
+        segment = jnp.where(descends, segment, project(_steepest(state.x, state.grad, old, box)))
         trial = state.x + jnp.minimum(old.step_size, 1) * segment
         trial = jnp.clip(trial, box.lower, box.upper)  # in spite of rounding
         (value, aux), grad = value_and_grad(trial)
@@ -103,33 +116,31 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
         moved, change = trial - state.x, grad - state.grad
         slope = jnp.vdot(state.grad, moved)
         decrease = state.value - value
-        rounding = jnp.where(unevaluated, 0, 4 * jnp.finfo(value.dtype).eps * jnp.abs(state.value))
+        rounding = jnp.where(known, 4 * jnp.finfo(value.dtype).eps * jnp.abs(state.value), 0)
         finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
-        accepted = finite & (decrease >= -_SUFFICIENT_DECREASE * jnp.minimum(slope, 0) - rounding)
+        sufficient = decrease >= -_SUFFICIENT_DECREASE * jnp.minimum(slope, 0) - rounding
+        accepted = finite & (sufficient | ~known)
 
         def choose(new, old):
             return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
 
         rejections = jnp.where(accepted, 0, old.rejections + 1)
         exhausted = rejections > _MAX_REJECTIONS
-        pairs = _remember(old, moved, change, keep=accepted, forget=exhausted)
-        gained = decrease > rounding
+        pairs = _remember(old, moved, change, keep=accepted & known, forget=exhausted)
+        gained = (decrease > rounding) | ~known
         idle = jnp.where(accepted, jnp.where(gained, 0, idle + 1), idle)
         x, grad = choose((trial, grad), (state.x, state.grad))
-        error = jnp.where(unevaluated & ~accepted, jnp.inf, projected_gradient_norm(x, grad, box))
+        evaluated = known | accepted
+        error = jnp.where(evaluated, projected_gradient_norm(x, grad, box), jnp.inf)
 
         status = jnp.select(
-            [
-                unevaluated & ~finite,
-                error <= tol,
-                (exhausted & (old.num_pairs == 0)) | (idle >= _MAX_IDLE),
-            ],
-            [jnp.int32(Status.NONFINITE), jnp.int32(Status.CONVERGED), jnp.int32(Status.STALLED)],
+            [~evaluated, (exhausted & (old.num_pairs == 0)) | (idle >= _MAX_IDLE)],
+            [jnp.int32(Status.NONFINITE), jnp.int32(Status.STALLED)],
             jnp.int32(Status.RUNNING),
         )
         # Without positive curvature no pair tells the next step's length, so that it grows.
         one = jnp.ones_like(slope)
-        curved = unevaluated | (jnp.vdot(moved, change) > 0)
+        curved = ~known | (jnp.vdot(moved, change) > 0)
         longer = jnp.where(curved, one, _GROWTH * old.step_size)
         shorter = old.step_size * _shrinkage(-decrease, slope, finite)
         return SolverState(
@@ -138,6 +149,7 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
             grad=grad,
             aux=choose(aux, state.aux),
             error=error,
+            evaluated=evaluated,
             status=status,
             num_evals=state.num_evals + 1,
             memory=pairs._replace(
@@ -150,12 +162,38 @@ def lbfgsb(*, memory: int = 4, tol: float = 1e-5, first_step: float = 1.0) -> So
     return Solver(init, step)
 
 
+def _checked(first_step: Float[ArrayLike, ""] | None, dtype: Any) -> Float[Array, ""] | None:
+    """`first_step` as an array; ValueError if a number that is not positive."""
+    if isinstance(first_step, int | float):
+        checks.number("first_step", first_step, minimum=0, exclusive=True)
+    return None if first_step is None else jnp.asarray(first_step, dtype)
+
+
+def _free(x: Float[Array, "*shape"], grad: Float[Array, "*shape"], box: Box):
+    """The coordinates that minus the gradient does not push against a bound."""
+    return ~(((x <= box.lower) & (grad > 0)) | ((x >= box.upper) & (grad < 0)))
+
+
+def _steepest(
+    x: Float[Array, "*shape"], grad: Float[Array, "*shape"], memory: _Memory, box: Box
+) -> Float[Array, "*shape"]:
+    """The first step: as long as the caller says, or of length 1 on the free coordinates."""
+    scaled, exponent = scale(jnp.where(_free(x, grad, box), grad, 0))
+    return -_first_step(memory, scaled, exponent) * scaled
+
+
+def _first_step(
+    memory: _Memory, scaled_grad: Float[Array, "*shape"], exponent: Int[Array, ""]
+) -> Float[Array, ""]:
+    """By what to multiply the scaled gradient of the free coordinates while there is no pair."""
+    if memory.first_step is not None:
+        return jnp.ldexp(memory.first_step, exponent)
+    length = jnp.linalg.norm(jnp.ravel(scaled_grad))
+    return 1 / jnp.where(length > 0, length, 1)
+
+
 def _direction(
-    x: Float[Array, "*shape"],
-    grad: Float[Array, "*shape"],
-    memory: _Memory,
-    box: Box,
-    first_step: float,
+    x: Float[Array, "*shape"], grad: Float[Array, "*shape"], memory: _Memory, box: Box
 ) -> Float[Array, "*shape"]:
     """Minus the inverse Hessian times the gradient, on the free coordinates; 0 on the others.
 
@@ -163,9 +201,9 @@ def _direction(
     not positive there left out. All its vectors are combinations of the gradient and the pairs, so
     that it runs on their coefficients once the inner products are known.
     """
-    at_lower, at_upper = x <= box.lower, x >= box.upper
-    free = ~((at_lower & (grad > 0)) | (at_upper & (grad < 0)))
-    flat_grad, flat_free = jnp.ravel(grad), jnp.ravel(free)
+    free = _free(x, grad, box)
+    scaled_grad, exponent = scale(jnp.where(free, grad, 0))
+    flat_grad, flat_free = jnp.ravel(scaled_grad), jnp.ravel(free)
     size = len(memory.rounding)
     # With one factor of each product cut to the free coordinates, the other may stay as it is. One
     # product of matrices instead takes XLA's CPU backend twice as long, for shapes like these.
@@ -181,17 +219,23 @@ def _direction(
     rows = jnp.append(slots, size + slots)
     products = products[jnp.append(slots, size)][:, rows]
     usable = (ages < memory.num_pairs) & (jnp.diagonal(products[:size]) > memory.rounding[slots])
-    of_pairs, of_grad = _two_loop_recursion(products, usable, first_step)
+    scales = jnp.ldexp(jnp.ones(size, x.dtype), memory.exponents[slots] + exponent)
+    first_step = _first_step(memory, scaled_grad, exponent)
+    of_pairs, of_grad = _two_loop_recursion(products, usable, scales, first_step)
 
     weights = jnp.zeros(2 * size, x.dtype).at[rows].set(of_pairs)
     r = jnp.matmul(weights, memory.history, precision=_HIGHEST) + of_grad * flat_grad
     r = jnp.where(free, r.reshape(x.shape), 0)
     # A free coordinate on its bound that the recursion would push outwards cannot move.
-    return jnp.where((at_lower & (r > 0)) | (at_upper & (r < 0)), 0, -r)
+    outwards = ((x <= box.lower) & (r > 0)) | ((x >= box.upper) & (r < 0))
+    return jnp.where(outwards, 0, -r)
 
 
 def _two_loop_recursion(
-    products: Float[Array, "memory+1 2*memory"], usable: Bool[Array, " memory"], first_step: float
+    products: Float[Array, "memory+1 2*memory"],
+    usable: Bool[Array, " memory"],
+    scales: Float[Array, " memory"],
+    first_step: Float[Array, ""],
 ) -> tuple[Float[Array, " 2*memory"], Float[Array, ""]]:
     """The inverse Hessian times the gradient g, as coefficients of the pairs and of g.
 
@@ -199,8 +243,9 @@ def _two_loop_recursion(
 
     Args:
         products: Of the gradient changes y and, in the last row, of g, with the steps s and then
-            with the changes; newest first.
+            with the changes; newest first. Steps, changes and g are the scaled ones.
         usable: Whether to take a pair.
+        scales: Of each pair: what the factors taken out of s, y and g multiply to, `s g / y`.
         first_step: The inverse Hessian while there is no pair, times the identity.
 
     Returns:
@@ -211,18 +256,18 @@ def _two_loop_recursion(
     gs, gy = products[size, :size], products[size, size:]
     rhos = jnp.where(usable, 1 / jnp.where(usable, jnp.diagonal(ys), 1), 0)
     newest = usable[0]
-    scale = jnp.where(newest, ys[0, 0] / jnp.where(newest, yy[0, 0], 1), first_step)
+    identity = jnp.where(newest, scales[0] * ys[0, 0] / jnp.where(newest, yy[0, 0], 1), first_step)
 
     alphas: list[Array] = []
     for i in range(size):
         q_s = gs[i] - sum(alphas[j] * ys[j, i] for j in range(i))
         alphas.append(rhos[i] * q_s)
-    of_steps = alphas.copy()
+    of_steps = [scales[i] * alphas[i] for i in range(size)]
     for i in reversed(range(size)):
-        r_y = scale * (gy[i] - sum(alphas[j] * yy[j, i] for j in range(size)))
+        r_y = identity * (gy[i] - sum(alphas[j] * yy[j, i] for j in range(size)))
         r_y += sum(of_steps[j] * ys[i, j] for j in range(i + 1, size))
         of_steps[i] -= rhos[i] * r_y
-    return jnp.stack([*of_steps, *(-scale * alpha for alpha in alphas)]), scale
+    return jnp.stack([*of_steps, *(-identity * alpha for alpha in alphas)]), identity
 
 
 def _remember(
@@ -234,13 +279,14 @@ def _remember(
     forget: Bool[Array, ""],
 ) -> _Memory:
     """Put the pair in the oldest one's place if its curvature is positive; or forget them all."""
-    keep = keep & (jnp.vdot(step, grad_change) > 0)
+    (s, of_step), (y, of_change) = scale(jnp.ravel(step)), scale(jnp.ravel(grad_change))
+    keep = keep & (jnp.vdot(s, y) > 0)
     size = len(memory.rounding)
     slot = jnp.where(keep, memory.num_pairs % size, 2 * size)  # beyond the end: dropped
-    s, y = jnp.ravel(step), jnp.ravel(grad_change)
     rounding = jnp.finfo(step.dtype).eps * jnp.linalg.norm(s) * jnp.linalg.norm(y)
     return memory._replace(
         history=memory.history.at[slot].set(s, mode="drop").at[size + slot].set(y, mode="drop"),
+        exponents=memory.exponents.at[slot].set(of_step - of_change, mode="drop"),
         rounding=memory.rounding.at[slot].set(rounding, mode="drop"),
         num_pairs=jnp.where(forget, 0, memory.num_pairs + keep),
     )

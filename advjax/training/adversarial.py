@@ -17,16 +17,17 @@ from advjax.types import LogitsFn
 Distort = Callable[
     [Key[Array, ""], LogitsFn, Float[Array, "*shape"], Int[Array, ""]], Float[Array, "*shape"]
 ]
-"""`(key, logits_fn, x, label) -> x`: how one example for a pool is made, without its batch axis."""
+"""`(key, logits_fn, x, label) -> x_adv`: distorts ONE example for a pool."""
 
 
 class Pool(NamedTuple):
-    """Distorted examples to train on. Any clean ones will do to begin with.
+    """Distorted examples to train on. A new pool may hold clean examples.
 
     Attributes:
         examples: Images, or outputs of a layer.
         labels: The true class of each.
-        distortion: The RMS by which each was moved when it was made.
+        distortion: The RMS of each example's perturbation when it was made, in the unit of the
+            examples.
     """
 
     examples: Float[Array, "size *shape"]
@@ -35,11 +36,11 @@ class Pool(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A place in a network: the function that leads there, and the one from there to the logits.
+    """A network cut in two at one layer: the part below it and the part above.
 
     Attributes:
-        below: `(params, image) -> example`, of ONE image.
-        above: `(params, example) -> logits`.
+        below: `(params, image) -> example`, the output of the layer for ONE image.
+        above: `(params, example) -> logits`, the logits for ONE output of the layer.
     """
 
     below: Callable[[PyTree[Array], Float[Array, "*image"]], Float[Array, "*shape"]]
@@ -54,22 +55,22 @@ def adversarial(
     *,
     attack: Callable[..., AttackResult] = attacks.lbfgs,
 ) -> Float[Array, "*shape"]:
-    """Distort an example until it is taken for a random other class.
+    """Perturb an example until it is classified as a random other class.
 
     Args:
-        key: For the class.
+        key: A random key, for the class.
         logits_fn: The model: logits `(classes,)` of ONE example like `x`.
         x: The example.
         label: Its true class.
         attack: `(logits_fn, x, target) -> AttackResult`: `attacks.lbfgs`, `attacks.minimum_norm`,
-            or either with options, as `functools.partial(attacks.lbfgs, tol=0.1)`.
+            or one of them with options, such as `functools.partial(attacks.lbfgs, tol=0.1)`.
 
     Returns:
         The adversarial example, or `x` itself if none was found.
 
     Raises:
-        TypeError: As `attack` does.
-        ValueError: As `attack` does.
+        TypeError: If `attack` raises it.
+        ValueError: If `attack` raises it.
     """
     classes = checks.logits(logits_fn, x).shape[0]
     target = (label + jax.random.randint(key, (), 1, classes)) % classes
@@ -81,45 +82,48 @@ def refresh(
     key: Key[Array, ""],
     pool: Pool,
     logits_fn: LogitsFn,
-    examples: Float[ArrayLike, "n *shape"],
-    labels: Int[ArrayLike, " n"],
+    examples: ArrayLike,
+    labels: ArrayLike,
     *,
     distort: Distort = adversarial,
     batch_size: int = 100,
 ) -> Pool:
-    """Replace a random part of a pool by new examples, distorted for the model as it is now.
+    """Replace a random part of a pool by new examples, distorted for the current model.
 
-    A pure function, for a loop of one's own:
+    A pure function, for a training loop of your own:
 
         pool = refresh(key, pool, functools.partial(model.apply, params), images, labels)
 
     Args:
-        key: For the part that is replaced, and for `distort`.
-        pool: The pool.
+        key: A random key, for the part that is replaced and for `distort`.
+        pool: The pool, of `size` examples.
         logits_fn: The model: logits `(classes,)` of ONE example.
-        examples: What to distort, like those in the pool, and at most as many.
-        labels: Their true classes, which the new examples keep.
-        distort: `(key, logits_fn, x, label) -> x`, as `adversarial` or
+        examples: The examples to distort, `(n, *shape)` with `n <= size`.
+        labels: Their true classes, `(n,)`, which the new examples keep.
+        distort: `(key, logits_fn, x, label) -> x_adv`, such as `adversarial` or
             `functools.partial(adversarial, attack=...)`.
-        batch_size: How many to distort side by side.
+        batch_size: Number of examples to distort side by side.
 
     Returns:
         The pool with n of its members replaced.
 
     Raises:
-        ValueError: If there are more examples than the pool has, not one label for each, or they
-            are not like those in the pool.
+        ValueError: If there are more examples than the pool has, or of another shape, or not one
+            label per example.
     """
     examples, labels = checks.floating("examples", examples), jnp.asarray(labels)
     n, size = len(examples), len(pool.labels)
     if n > size or labels.shape != (n,) or examples.shape[1:] != pool.examples.shape[1:]:
         raise ValueError(
-            f"examples: shape {examples.shape} and {labels.shape} of the labels, for a pool of "
-            f"shape {pool.examples.shape}: expected at most as many, alike, and a label for each."
+            f"examples: shape {examples.shape}, and labels: shape {labels.shape}, for a pool of "
+            f"shape {pool.examples.shape}, expected at most as many examples of the same shape, "
+            "and one label per example."
         )
     batch_size = min(checks.positive_int("batch_size", batch_size), n)
 
-    def make(arguments):
+    def make(
+        arguments: tuple[Key[Array, ""], Float[Array, "*shape"], Int[Array, ""]],
+    ) -> Pool:
         key, x, label = arguments
         distorted = distort(key, logits_fn, x, label)
         return Pool(distorted, label, metrics.distortion(x, distorted))
@@ -133,8 +137,8 @@ def refresh(
 
 
 def adversarial_pools(
-    images: Float[ArrayLike, " n *image"],
-    labels: Int[ArrayLike, " n"],
+    images: ArrayLike,
+    labels: ArrayLike,
     layers: Sequence[Layer],
     *,
     weight: float = 0.5,
@@ -144,10 +148,11 @@ def adversarial_pools(
     loss: Callable[[Array, Array], Float[Array, ""]] = losses.cross_entropy,
     distort: Distort = adversarial,
 ) -> AuxiliaryLoss:
-    """Train the layers above each of some places of a network on adversarial outputs of it.
+    """Make an auxiliary loss for `fit` on adversarial examples of images or of layer outputs.
 
-    For `fit`. Every place has a pool of its own, a part of which is replaced before each epoch;
-    each step takes a batch from the pool of one place, chosen at random. The image is a place, too:
+    Each layer has a pool of adversarial examples of its outputs, on which the part of the network
+    above it is trained. Before each epoch a part of every pool is replaced; each step takes a batch
+    from the pool of one layer, chosen at random. The image itself counts as a layer:
 
         image = training.Layer(lambda params, x: x, model.apply)
         hidden = training.Layer(
@@ -155,30 +160,30 @@ def adversarial_pools(
             functools.partial(model.apply, after="hidden1"),
         )
         pools = training.adversarial_pools(images, labels, [image, hidden])
-        training.fit(model.apply, params, images, labels, key=key, auxiliary=pools)
+        training.fit(key, model.apply, params, images, labels, auxiliary=pools)
 
     Args:
-        images: The training images, floating, along the leading axis.
-        labels: Their classes.
-        layers: The places. An attack's box is to hold their outputs, as [0, 1] does for pixels and
-            for sigmoids.
-        weight: Of the mean loss over a batch from a pool, beside that of the images.
-        size: How many examples each pool has: at first those of clean images.
-        count: How many are replaced before each epoch.
-        batch_size: How many a step takes from a pool.
-        loss: Of the logits of one example and its label.
+        images: The training images, `(n, *image)`, floating.
+        labels: Their classes, `(n,)`.
+        layers: The layers. The box of the attack must contain their outputs, as [0, 1] does for
+            pixels and sigmoids.
+        weight: Factor of the mean loss over a batch from a pool.
+        size: Number of examples in each pool, at first clean ones of the first images.
+        count: Number of examples to replace in each pool before each epoch.
+        batch_size: Number of examples that a step takes from a pool.
+        loss: `(logits, label) -> scalar` of ONE example.
         distort: How examples are made; see `refresh`.
 
     Returns:
-        An `AuxiliaryLoss` whose state is a tuple of a `Pool` for each place.
+        An `AuxiliaryLoss` whose state is a tuple with a `Pool` for each layer.
 
     Raises:
         TypeError: If the images are not floating.
-        ValueError: If there is no place, there are fewer images than `size` or not as many as
-            labels, `count` exceeds `size`, `weight` is negative, or one of the numbers of examples
-            is not a positive integer.
+        ValueError: If there are no layers, there are fewer images than `size` or not one label per
+            image, `count` is larger than `size`, `weight` is negative, or `size`, `count` or
+            `batch_size` is not a positive integer.
 
-    Source: Szegedy et al. (2013), section 4.2.
+    Reference: Szegedy et al. (2013), section 4.2.
     """
     images, labels = checks.floating("images", images), jnp.asarray(labels)
     weight = checks.number("weight", weight, minimum=0)
@@ -186,46 +191,52 @@ def adversarial_pools(
     count = checks.positive_int("count", count)
     batch_size = checks.positive_int("batch_size", batch_size)
     if not layers:
-        raise ValueError("layers: none, expected at least one place for a pool.")
+        raise ValueError("layers: none, expected at least one; pass [training.Layer(...)].")
     if count > size:
         raise ValueError(f"count: {count}, expected at most size={size}.")
     if labels.shape != images.shape[:1] or len(images) < size:
         raise ValueError(
-            f"images: shape {images.shape} and {labels.shape} of the labels, expected at least "
-            f"size={size} images and a label for each."
+            f"images: shape {images.shape}, and labels: shape {labels.shape}, expected at least "
+            f"size={size} images and one label per image; pass a smaller size."
         )
 
-    def init(params):
-        def pool(layer):
+    def init(params: PyTree) -> tuple[Pool, ...]:
+        def pool(layer: Layer) -> Pool:
             examples = jax.vmap(functools.partial(layer.below, params))(images[:size])
             return Pool(examples, labels[:size], jnp.zeros(size, examples.dtype))
 
         return tuple(pool(layer) for layer in layers)
 
-    def update(key, params, pools):
-        # The images are chosen outside of the compiled program, which would hold them all.
+    def update(key: Key[Array, ""], params: PyTree, pools: tuple[Pool, ...]) -> tuple[Pool, ...]:
+        # The images are chosen outside the compiled function, which would hold all of them.
         choice_key, key = jax.random.split(key)
         chosen = jax.random.choice(choice_key, len(images), (count,), replace=False)
         return renew(key, params, pools, images[chosen], labels[chosen])
 
     @jax.jit
-    def renew(key, params, pools, images, labels):
-        def one(key, layer, pool):
+    def renew(
+        key: Key[Array, ""],
+        params: PyTree,
+        pools: tuple[Pool, ...],
+        images: Float[Array, "count *image"],
+        labels: Int[Array, " count"],
+    ) -> tuple[Pool, ...]:
+        def one(key: Key[Array, ""], layer: Layer, pool: Pool) -> Pool:
             examples = jax.vmap(functools.partial(layer.below, params))(images)
             logits_fn = functools.partial(layer.above, params)
             return refresh(key, pool, logits_fn, examples, labels, distort=distort)
 
         return tuple(map(one, jax.random.split(key, len(layers)), layers, pools))
 
-    def pool_loss(key, params, pools):
-        def one(layer, pool):
+    def pool_loss(key: Key[Array, ""], params: PyTree, pools: tuple[Pool, ...]) -> Float[Array, ""]:
+        def one(layer: Layer, pool: Pool) -> Float[Array, ""]:
             batch = jax.random.randint(batch_key, (batch_size,), 0, size)
             logits = jax.vmap(functools.partial(layer.above, params))(pool.examples[batch])
             return jnp.mean(jax.vmap(loss)(logits, pool.labels[batch]))
 
         turn_key, batch_key = jax.random.split(key)
         turn = jax.random.randint(turn_key, (), 0, len(layers))
-        branches = [functools.partial(one, *place) for place in zip(layers, pools, strict=True)]
+        branches = [functools.partial(one, *each) for each in zip(layers, pools, strict=True)]
         return weight * jax.lax.switch(turn, branches)
 
     return AuxiliaryLoss(init, update, pool_loss)

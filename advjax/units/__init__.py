@@ -1,4 +1,4 @@
-"""Single units and directions of a layer: the paper's claim 1, and a test of it."""
+"""Units and directions of a layer: the paper's first claim, and tests of it."""
 
 from advjax.units.directions import (
     TopImages,

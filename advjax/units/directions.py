@@ -1,20 +1,20 @@
-"""Directions in the space of a layer's features, and the images that go farthest along them."""
+"""Directions in the feature space of a layer, and the images that project furthest on them."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from advjax import checks
 
 
 class TopImages(NamedTuple):
-    """The images that go farthest along each direction, the farthest first.
+    """The images with the largest inner products with each direction, in descending order.
 
     Attributes:
-        indices: Their places along the leading axis of the features.
+        indices: Their indices along the leading axis of the features.
         scores: Their inner products with the direction.
     """
 
@@ -22,50 +22,50 @@ class TopImages(NamedTuple):
     scores: Float[Array, "m k"]
 
 
-def top_images(
-    features: Float[ArrayLike, "n d"], directions: Float[ArrayLike, "m d"], *, k: int = 10
-) -> TopImages:
-    """The images whose features go farthest along each direction, from one matrix product.
+def top_images(features: ArrayLike, directions: ArrayLike, *, k: int = 10) -> TopImages:
+    """Find the images whose features have the largest inner products with each direction.
 
     Args:
-        features: The features phi(x) of each image.
-        directions: The directions v, of any length: `natural_basis` for the units themselves,
-            `random_directions`, `principal_axes`, or others.
-        k: How many images for each direction, at most n.
+        features: The features phi(x) of each image, `(n, d)`, floating.
+        directions: The directions v, `(m, d)`, of any length: `natural_basis` for the units
+            themselves, `random_directions`, `principal_axes`, or others.
+        k: Number of images for each direction, at most n.
 
     Returns:
-        `TopImages`, `(m, k)` each: the largest `<phi(x), v>` first. Of equal ones the image with
-        the lower index comes first, so a dead unit has the first k images.
+        `TopImages`, `(m, k)` each, the largest `<phi(x), v>` first. Among equal ones the image with
+        the lower index comes first, so that a dead unit gets the first k images.
 
     Raises:
         TypeError: If `features` or `directions` are not floating.
-        ValueError: If they are not matrices of as many columns, or `k` is not in [1, n].
+        ValueError: If they are not matrices with the same number of columns, or `k` is not in
+            [1, n].
 
-    Source: Szegedy et al. (2013), section 3, Figures 1 to 4.
+    Reference: Szegedy et al. (2013), section 3, Figures 1 to 4.
     """
     features = matrix("features", features)
     directions = matrix("directions", directions)
     if directions.shape[1] != features.shape[1]:
         raise ValueError(
-            f"directions: shape {directions.shape}, expected (m, {features.shape[1]}), as features "
-            f"are {features.shape}."
+            f"directions: shape {directions.shape}, expected (m, {features.shape[1]}) for features "
+            f"of shape {features.shape}."
         )
     k = checks.positive_int("k", k)
     if k > len(features):
         raise ValueError(f"k: {k}, expected at most {len(features)}, the number of images.")
+    # The default precision of accelerators could change the order.
     products = jnp.matmul(directions, features.T, precision="highest")
     scores, indices = jax.lax.top_k(products, k)
     return TopImages(indices=indices, scores=scores)
 
 
 def natural_basis(d: int) -> Float[Array, "d d"]:
-    """The directions of the units themselves.
+    """Return the directions of the units themselves.
 
     Args:
-        d: How many units there are.
+        d: Number of units.
 
     Returns:
-        The identity: a direction in each row.
+        The identity matrix, one direction per row.
 
     Raises:
         ValueError: If `d` is not a positive integer.
@@ -73,17 +73,17 @@ def natural_basis(d: int) -> Float[Array, "d d"]:
     return jnp.eye(checks.positive_int("d", d))
 
 
-def random_directions(key: Array, m: int, d: int) -> Float[Array, "m d"]:
-    """Directions in all of which the units have an equal part, on average.
+def random_directions(key: Key[Array, ""], m: int, d: int) -> Float[Array, "m d"]:
+    """Draw directions uniformly.
 
     Args:
         key: A random key.
-        m: How many directions.
-        d: How many units there are.
+        m: Number of directions.
+        d: Number of units.
 
     Returns:
-        Independent unit vectors, uniform on the sphere: a direction in each row. The paper does
-        not tell the distribution of its own; their length does not matter to `top_images`.
+        Independent unit vectors, uniform on the sphere, one per row. The paper does not say how its
+        directions are distributed; their length does not matter to `top_images`.
 
     Raises:
         ValueError: If `m` or `d` is not a positive integer.
@@ -92,8 +92,8 @@ def random_directions(key: Array, m: int, d: int) -> Float[Array, "m d"]:
     return v / jnp.linalg.norm(v, axis=1, keepdims=True)
 
 
-def random_rotation(key: Array, d: int) -> Float[Array, "d d"]:
-    """A rotation drawn uniformly: from the Haar measure of SO(d).
+def random_rotation(key: Key[Array, ""], d: int) -> Float[Array, "d d"]:
+    """Draw a rotation uniformly, from the Haar measure on SO(d).
 
     Args:
         key: A random key.
@@ -105,16 +105,16 @@ def random_rotation(key: Array, d: int) -> Float[Array, "d d"]:
     Raises:
         ValueError: If `d` is not a positive integer.
 
-    Source: Stewart (1980): the Q of a Gaussian matrix's QR decomposition with its signs fixed,
-    made of the reflections alone. `jax.random.orthogonal`, which draws reflections too, calls
-    LAPACK; the threads of that wait for each other on a busy CPU, at ten times this one's time.
+    Reference: Stewart (1980): the Q of the QR decomposition of a Gaussian matrix, with fixed signs,
+    as a product of Householder reflections. `jax.random.orthogonal` also draws matrices of
+    determinant -1, and on a busy CPU the LAPACK threads that it uses make it ten times slower.
     """
     d = checks.positive_int("d", d)
     gaussians = jnp.triu(jax.random.normal(key, (d, d)))
     signs = jnp.where(jnp.diag(gaussians) < 0, -1.0, 1.0)
-    signs = signs.at[-1].set((-1) ** (d - 1) * jnp.prod(signs[:-1]))  # the determinant is then 1
+    signs = signs.at[-1].set((-1) ** (d - 1) * jnp.prod(signs[:-1]))  # for a determinant of 1
 
-    def reflect(i, q):
+    def reflect(i: Int[Array, ""] | int, q: Float[Array, "d d"]) -> Float[Array, "d d"]:
         x = gaussians[i]
         normal = x.at[i].add(signs[i] * jnp.linalg.norm(x))
         normal /= jnp.linalg.norm(normal)
@@ -123,15 +123,15 @@ def random_rotation(key: Array, d: int) -> Float[Array, "d d"]:
     return signs[:, None] * jax.lax.fori_loop(0, d - 1, reflect, jnp.eye(d))
 
 
-def principal_axes(features: Float[ArrayLike, "n d"]) -> Float[Array, "d d"]:
-    """The directions of the largest variance, a basis that the units have no part in choosing.
+def principal_axes(features: ArrayLike) -> Float[Array, "d d"]:
+    """Compute the principal axes of features, a basis that does not depend on the units.
 
     Args:
-        features: The features of each image; they need not be centred.
+        features: The features of each image, `(n, d)`, floating; they need not be centred.
 
     Returns:
-        The eigenvectors of their covariance, the largest variance first: a direction in each row,
-        of unit length. Of its two signs each has the one that makes its largest entry positive.
+        The unit eigenvectors of their covariance, one per row, the largest variance first. The sign
+        of each makes its entry of largest absolute value positive.
 
     Raises:
         TypeError: If `features` are not floating.
@@ -145,16 +145,16 @@ def principal_axes(features: Float[ArrayLike, "n d"]) -> Float[Array, "d d"]:
 
 
 def matrix(name: str, array: Any) -> Float[Array, "rows d"]:
-    """`array` in float32 at least; an error unless a floating matrix with entries."""
+    """`array`, in float32 at least; an error unless it is a floating matrix and not empty."""
     array = checks.floating(name, array)
     if array.ndim != 2 or not array.size:
         raise ValueError(
-            f"{name}: shape {array.shape}, expected a matrix with the features in columns; flatten "
-            "each image's by reshape(n, -1)."
+            f"{name}: shape {array.shape}, expected a matrix with one row per image or direction; "
+            "flatten features with reshape(n, -1)."
         )
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def centred(features: Float[Array, "n d"]) -> Float[Array, "n d"]:
-    """The features less their means."""
+    """The features minus their means over the images."""
     return features - jnp.mean(features, axis=0, keepdims=True)

@@ -1,4 +1,4 @@
-"""The rotation test of the paper's claim 1: do single units mean more than random directions?"""
+"""The rotation test of the paper's first claim: are single units more than random directions?"""
 
 import functools
 from typing import Any, NamedTuple
@@ -7,26 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from advjax import checks
 from advjax.units.directions import centred, matrix, natural_basis, random_rotation, top_images
 
-_ROUNDING = 16  # times the precision: statistics that are nearer than this count as equal
+_ROUNDING = 16  # statistics that differ by less than this many units of rounding count as equal
 
 
 class Comparison(NamedTuple):
-    """One statistic of a basis beside the same one of its random rotations.
+    """A statistic T of a basis, compared with the same statistic of random rotations of it.
 
     Attributes:
-        identity: T(I), of the basis as it is: a mean over its directions.
-        rotated: T(Q_b), of each rotation of it.
-        p_value: Of the null that the basis is a random one, against a T(I) that is larger:
-            `(1 + #{T(Q_b) >= T(I)}) / (1 + rotations)`.
-        effect: `T(I) - mean T(Q_b)`, in the unit of the statistic.
-        effect_size: The effect over the standard deviation of the T(Q_b).
-        equivalence_p_value: Of the null that the effect is the margin or more, either way, which
-            moves the T(Q_b) as they are by it: the larger of
+        identity: T(I), for the basis itself: a mean over its directions.
+        rotated: T(Q_b), for each rotation Q_b of the basis.
+        p_value: The p-value of the null hypothesis that the basis is a random one, against the
+            alternative of a larger T(I): `(1 + #{T(Q_b) >= T(I)}) / (1 + rotations)`.
+        effect: `T(I) - mean(T(Q_b))`, in the unit of the statistic.
+        effect_size: The effect divided by the standard deviation of the T(Q_b).
+        equivalence_p_value: The p-value of the null hypothesis that the absolute value of the
+            effect is at least the margin, for T(Q_b) that are shifted by it: the larger of
             `(1 + #{T(Q_b) + margin <= T(I)}) / (1 + rotations)` and
             `(1 + #{T(Q_b) - margin >= T(I)}) / (1 + rotations)`.
     """
@@ -40,11 +40,11 @@ class Comparison(NamedTuple):
 
 
 class RotationTest(NamedTuple):
-    """A basis against its random rotations, by two statistics of the top images.
+    """A basis compared with random rotations of it, by two statistics of the top images.
 
     Attributes:
-        purity: By `label_purity`.
-        auc: By `concept_auc`.
+        purity: The comparison by `label_purity`.
+        auc: The comparison by `concept_auc`.
     """
 
     purity: Comparison
@@ -54,14 +54,15 @@ class RotationTest(NamedTuple):
 def label_purity(
     indices: Int[ArrayLike, "m k"], labels: Int[ArrayLike, " n"]
 ) -> Float[Array, " m"]:
-    """How far each set of images is of one class.
+    """Compute the fraction of each set of images that belongs to its commonest class.
 
     Args:
-        indices: The images of each set, as in `TopImages`, or drawn at random for a control.
-        labels: The class of each image.
+        indices: The indices of the images in each set, `(m, k)`, as in `TopImages`; draw them at
+            random for a control.
+        labels: The class of each image, `(n,)`.
 
     Returns:
-        The share of each set that is of its commonest class: from 1 / k to 1.
+        A fraction for each set, from 1 / k to 1.
     """
     classes = jnp.asarray(labels)[jnp.asarray(indices)]
     alike = jnp.sum(classes[:, :, None] == classes[:, None, :], axis=2)
@@ -71,20 +72,22 @@ def label_purity(
 def concept_auc(
     indices: Int[ArrayLike, "m k"], concepts: Shaped[ArrayLike, "n concepts"]
 ) -> Float[Array, " m"]:
-    """How well the concept that does it best tells each set of images from all the others.
+    """Compute how well the best concept separates each set of images from all other images.
 
     Args:
-        indices: The images of each set, as in `TopImages`, or drawn at random for a control.
-        concepts: How much of each concept is in each image, `(n, concepts)`: 0 or 1, or any
-            degree (the width of a stroke). Add its negative for a concept that may be absent.
+        indices: The indices of the images in each set, `(m, k)`, as in `TopImages`; draw them at
+            random for a control.
+        concepts: The degree of each concept in each image, `(n, concepts)`: 0 or 1, or any number
+            (such as the width of a stroke). Add the negative of a concept that may be absent.
 
     Returns:
-        The largest over the concepts of the area under the ROC curve: the chance that an image of
-        the set has more of it than one outside, an equal degree counting half (the statistic of
-        Mann and Whitney). For a 0/1 concept it is `(1 + share in the set - share outside) / 2`.
+        For each set the largest area under the ROC curve among the concepts: the probability that
+        an image in the set has a higher degree than one outside, ties counting one half (the
+        statistic of Mann and Whitney). For a concept of 0 and 1 it is
+        `(1 + fraction in the set - fraction outside) / 2`.
 
     Raises:
-        ValueError: If the sets leave no image outside.
+        ValueError: If a set contains all images.
     """
     indices, concepts = jnp.asarray(indices), jnp.asarray(concepts)
     _fewer("indices", indices.shape[1], len(concepts))
@@ -92,12 +95,12 @@ def concept_auc(
 
 
 def rotation_test(
-    key: Array,
-    features: Float[ArrayLike, "n d"],
-    labels: Int[ArrayLike, " n"],
+    key: Key[Array, ""],
+    features: ArrayLike,
+    labels: ArrayLike,
     *,
-    directions: Float[ArrayLike, "m d"] | None = None,
-    concepts: Shaped[ArrayLike, "n concepts"] | None = None,
+    directions: ArrayLike | None = None,
+    concepts: ArrayLike | None = None,
     k: int = 10,
     rotations: int = 999,
     margin: float = 0.05,
@@ -105,43 +108,43 @@ def rotation_test(
 ) -> RotationTest:
     """Test whether the top images of single units have more in common than those of a random basis.
 
-    For a basis E, the mean over its directions of `label_purity` and of `concept_auc` of their top
-    k images is T(I). Each rotation Q_b of the centred features, from the Haar measure, gives the
-    T(Q_b) of the basis `E Q_b`. If the units are no more than some basis of their space (if the
-    features' distribution, given the labels, does not change when rotated) then all the T have
-    the same distribution, and the p-value is below alpha at most alpha of the time. That it is
-    larger is no evidence of the paper's claim, that there is no difference: for this there is the
-    equivalence test, and over several nets `equivalence_test` of their effects.
+    For a basis E, T(I) is the mean over its directions of `label_purity`, and of `concept_auc`, of
+    their top k images among the centred features. For a rotation Q_b, drawn from the Haar measure,
+    T(Q_b) is that of the basis `E Q_b`. If the basis is not special (if, given the labels, the
+    distribution of the features does not change when they are rotated), all the T have the same
+    distribution, and the p-value is below alpha with probability at most alpha. A large p-value is
+    not evidence for the paper's claim that there is no difference. For that there is the
+    equivalence test, and over several networks `equivalence_test` of their effects.
 
-    Controls are other arguments: `features` of an untrained net, of another layer, before its
-    non-linearity, images flattened (their units are pixels), or Gaussian noise (sets of images at
-    random); `directions=principal_axes(features)`.
+    Other arguments give controls: `features` of an untrained network, of another layer, before its
+    activation, flattened images (whose units are pixels), or Gaussian noise (random sets of
+    images); `directions=principal_axes(features)`.
 
     Args:
         key: A random key.
-        features: The features of each image, held out from training. Leave dead units out: their
-            top images are the first ones.
-        labels: The class of each image.
-        directions: The basis E, its directions in rows; by default that of the units.
-        concepts: How much of each concept is in each image, `(n, concepts)`; by default whether it
-            is of each class.
-        k: How many top images, less than n.
-        rotations: How many random rotations; no p-value is below `1 / (1 + rotations)`.
-        margin: The smallest effect that would matter, in the unit of the statistics: for purity
-            0.05 is half an image in ten, for the AUC about one.
-        batch_size: How many rotations to try at once. The memory is that of
-            `batch_size * n * m` scores; the result does not depend on it but for rounding.
+        features: The features of each image, `(n, d)`, floating; take images that were not used
+            for training. Leave out dead units: their top images are the first k.
+        labels: The class of each image, `(n,)`.
+        directions: The basis E, `(m, d)`, one direction per row; by default the units.
+        concepts: The degree of each concept in each image, `(n, concepts)`; by default whether the
+            image belongs to each class.
+        k: Number of top images, less than n.
+        rotations: Number of random rotations; no p-value is below `1 / (1 + rotations)`.
+        margin: The smallest effect that would matter, in the unit of the statistics. For purity
+            0.05 is half an image in ten; for the AUC it is about one image.
+        batch_size: Number of rotations to evaluate at once. It needs memory for
+            `batch_size * n * m` scores, and changes the result by rounding alone.
 
     Returns:
-        A `RotationTest`. Features that are not finite give NaN statistics, and p-values of 1.
+        A `RotationTest`. Features that are not finite give NaN statistics and p-values of 1.
 
     Raises:
-        TypeError: If `features` are not floating, or `labels` not integers, or traced while there
-            are no `concepts`.
-        ValueError: If shapes do not agree, `k` is not in [1, n), or an option is out of its range.
+        TypeError: If `features` are not floating, `labels` are not integers, or `labels` are traced
+            and there are no `concepts`.
+        ValueError: If shapes do not match, `k` is not in [1, n), or an option is out of its range.
 
-    Source: Bau et al. (2017) for the rotations; Phipson and Smyth (2010) for the 1 in the p-value;
-    Schuirmann (1987) for the two one-sided tests of equivalence.
+    Reference: Bau et al. (2017) for the rotations; Phipson and Smyth (2010) for the 1 in the
+    p-value; Schuirmann (1987) for the two one-sided tests of equivalence.
     """
     features = matrix("features", features)
     n, d = features.shape
@@ -155,10 +158,10 @@ def rotation_test(
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels: dtype {labels.dtype}, expected integer class indices.")
     if labels.shape != (n,):
-        raise ValueError(f"labels: shape {labels.shape}, expected ({n},), one for each image.")
+        raise ValueError(f"labels: shape {labels.shape}, expected ({n},), one per image.")
     if concepts.ndim != 2 or len(concepts) != n:
         raise ValueError(
-            f"concepts: shape {concepts.shape}, expected ({n}, concepts), a row for each image."
+            f"concepts: shape {concepts.shape}, expected ({n}, concepts), one row per image."
         )
 
     identity, rotated = _statistics(
@@ -175,17 +178,27 @@ def rotation_test(
 
 
 @functools.partial(jax.jit, static_argnames=("k", "rotations", "batch_size"))
-def _statistics(key, features, directions, labels, ranks, *, k, rotations, batch_size):
+def _statistics(
+    key: Key[Array, ""],
+    features: Float[Array, "n d"],
+    directions: Float[Array, "m d"],
+    labels: Int[Array, " n"],
+    ranks: Float[Array, "n concepts"],
+    *,
+    k: int,
+    rotations: int,
+    batch_size: int,
+) -> tuple[tuple[Float[Array, ""], ...], tuple[Float[Array, " rotations"], ...]]:
     """The mean purity and AUC of a basis, and of its rotations; NaN if features are not finite."""
     valid = jnp.where(jnp.all(jnp.isfinite(features)), 1, jnp.nan)
     features = centred(features)
 
-    def statistics(directions):
+    def statistics(directions: Float[Array, "m d"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
         indices = top_images(features, directions, k=k).indices
         purity, auc = label_purity(indices, labels), _auc(indices, ranks)
         return valid * jnp.mean(purity), valid * jnp.mean(auc)
 
-    def rotate(key):
+    def rotate(key: Key[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
         rotation = random_rotation(key, features.shape[1]).astype(directions.dtype)
         return statistics(jnp.matmul(directions, rotation, precision="highest"))
 
@@ -197,11 +210,11 @@ def _compare(
     identity: Float[Array, ""], rotated: Float[Array, " rotations"], margin: float
 ) -> Comparison:
     """The tests of one statistic; a NaN never counts as evidence."""
-    # Such means of fractions are often equal, but for the order in which they were summed.
+    # Means of fractions are often equal except for rounding, which depends on the order of the sum.
     near = _ROUNDING * jnp.finfo(rotated.dtype).eps
     effect = identity - jnp.mean(rotated)
 
-    def p_value(far):
+    def p_value(far: Bool[Array, " rotations"]) -> Float[Array, ""]:
         return (1 + jnp.sum(~far)) / (1 + len(rotated))
 
     return Comparison(
@@ -217,29 +230,29 @@ def _compare(
     )
 
 
-def _ranks(concepts: Array) -> Float[Array, "n concepts"]:
-    """The images' ranks by each concept, from 1; equal ones share the mean of theirs."""
+def _ranks(concepts: Shaped[Array, "n concepts"]) -> Float[Array, "n concepts"]:
+    """The ranks of the images by each concept, from 1; ties get the mean of their ranks."""
     return jax.scipy.stats.rankdata(concepts, axis=0)
 
 
 def _auc(indices: Int[Array, "m k"], ranks: Float[Array, "n concepts"]) -> Float[Array, " m"]:
-    """The best concept's AUC for each set, from the sum of its ranks."""
+    """The AUC of the best concept for each set, from the sum of the ranks in the set."""
     n, k = len(ranks), indices.shape[1]
     above = jnp.sum(ranks[indices], axis=1) - k * (k + 1) / 2
     return jnp.max(above, axis=1) / (k * (n - k))
 
 
 def _fewer(name: str, k: int, n: int) -> None:
-    """ValueError unless k images leave some of the n outside."""
+    """ValueError unless k is less than n."""
     if k >= n:
-        raise ValueError(f"{name}: {k} images of {n}, expected fewer, so that some are outside.")
+        raise ValueError(f"{name}: {k} images of {n}, expected fewer than all.")
 
 
-def _classes(labels: Any) -> Array:
-    """Whether each image is of each class that occurs."""
+def _classes(labels: Any) -> Bool[Array, "n classes"]:
+    """Whether each image belongs to each class that occurs."""
     if isinstance(labels, jax.core.Tracer):
         raise TypeError(
-            "labels: traced, so that their number of classes is not known; pass "
-            "concepts=jax.nn.one_hot(labels, classes) as well."
+            "labels: traced, expected concrete labels to count the classes; pass "
+            "concepts=jax.nn.one_hot(labels, classes) too."
         )
     return jnp.asarray(np.reshape(labels, (-1, 1)) == np.unique(labels))

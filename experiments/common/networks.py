@@ -235,11 +235,11 @@ def fit(
     learning_rate = optax.cosine_decay_schedule(schedule.learning_rate, epochs * epoch_steps)
     adam = optax.adam(learning_rate)
     return training.fit(
+        key,
         apply,
         params,
         images,
         labels,
-        key=key,
         optimizer=adam if before is None else optax.chain(before, adam),
         epochs=epochs,
         patience=epochs,  # the schedule ends the training

@@ -1,8 +1,8 @@
-"""MNIST and Fashion-MNIST of tensorflow-datasets, prepared and read without TensorFlow.
+"""Prepares and reads MNIST and Fashion-MNIST of tensorflow-datasets without TensorFlow.
 
-The builders are those of tensorflow-datasets, with just the steps that take TensorFlow replaced
-(unpacking, reading the idx files, encoding PNG), so that the examples, their order and the
-metadata are the same. Import this module late: tensorflow-datasets is an optional dependency.
+The builders are those of tensorflow-datasets, except for the steps that need TensorFlow
+(decompression, reading idx files, encoding PNG), so that the examples, their order and the metadata
+are the same. Import this module late: tensorflow-datasets is an optional dependency.
 """
 
 import gzip
@@ -30,12 +30,12 @@ PROBE_SECONDS = 3.0
 
 
 class _GzippedIdx:
-    """The steps of the builder of MNIST which upstream does with TensorFlow."""
+    """The steps of the MNIST builder for which tensorflow-datasets uses TensorFlow."""
 
     def _split_generators(self, dl_manager: Any) -> list[Any]:
-        # gzip reads the files as they are, so download them and leave them packed.
-        as_they_are = types.SimpleNamespace(download_and_extract=dl_manager.download)
-        return super()._split_generators(as_they_are)  # type: ignore[misc]
+        # gzip reads compressed files, so that they need not be extracted.
+        manager = types.SimpleNamespace(download_and_extract=dl_manager.download)
+        return super()._split_generators(manager)  # type: ignore[misc]
 
     def _generate_examples(
         self, num_examples: int, data_path: os.PathLike[str], label_path: os.PathLike[str]
@@ -47,16 +47,16 @@ class _GzippedIdx:
 
 
 with tfds.core.registered.skip_registration():
-    # `__module__` stays upstream's: it is written into the metadata, and the checksums of the
-    # downloads are looked up beside it.
+    # `__module__` remains that of tensorflow-datasets: it is written to the metadata, and the
+    # checksums of the downloads are looked up beside it.
 
     class MNIST(_GzippedIdx, mnist.MNIST):
-        """MNIST, as upstream."""
+        """MNIST as in tensorflow-datasets."""
 
         __module__ = mnist.__name__
 
     class FashionMNIST(_GzippedIdx, mnist.FashionMNIST):
-        """Fashion-MNIST, as upstream."""
+        """Fashion-MNIST as in tensorflow-datasets."""
 
         __module__ = mnist.__name__
 
@@ -65,29 +65,32 @@ BUILDERS = {cls.name: cls for cls in (MNIST, FashionMNIST)}
 
 
 def prepared(name: str, data_dir: str | os.PathLike[str] | None) -> tfds.core.DatasetBuilder:
-    """Returns the builder of a data set, downloading and preparing the data if needed.
+    """Return the builder of a data set; download and prepare the data if needed.
 
     Args:
-      name: A name of BUILDERS.
-      data_dir: As in tensorflow-datasets.
+        name: A key of BUILDERS.
+        data_dir: The folder of tensorflow-datasets, or None for its default.
+
+    Returns:
+        The builder, with prepared data.
 
     Raises:
-      OSError: The data are not prepared, and cannot be; without a network within seconds.
+        OSError: If the data are not prepared and cannot be; without a network after seconds.
     """
     builder = BUILDERS[name](data_dir=data_dir)
     if builder.is_prepared():
         return builder
     try:
-        # Without a network the download would go on trying for minutes.
+        # Without a network the download would retry for minutes.
         _probe(builder.URL + "t10k-labels-idx1-ubyte.gz")
         builder.download_and_prepare(file_format="array_record")
     except (OSError, tfds.download.DownloadError, NonMatchingChecksumError) as error:
         embedded = ', or use source="embedded", a sample of MNIST' if name == "mnist" else ""
         raise FileNotFoundError(
-            f"{name} is not prepared in {builder.data_dir}, and cannot be now ({error}). "
+            f"{name} is not prepared in {builder.data_dir} and cannot be prepared now ({error}). "
             f'Run advjax.data.load("{name}", "train") on a machine with a network, copy its '
-            "~/tensorflow_datasets here, and give the copy as data_dir or in TFDS_DATA_DIR"
-            f"{embedded}."
+            "~/tensorflow_datasets to this machine, and pass the copy as data_dir or in "
+            f"TFDS_DATA_DIR{embedded}."
         ) from None
     return builder
 
@@ -95,7 +98,7 @@ def prepared(name: str, data_dir: str | os.PathLike[str] | None) -> tfds.core.Da
 def read(
     builder: tfds.core.DatasetBuilder, split: str
 ) -> tuple[UInt8[np.ndarray, "n 28 28 1"], UInt8[np.ndarray, " n"]]:
-    """Decodes all images and labels of a split, in the order in which they are stored."""
+    """Decode all images and labels of a split, in the order in which they are stored."""
     try:
         examples = builder.as_data_source(split)
     except NotImplementedError as error:  # prepared, but as TFRecord
@@ -106,19 +109,19 @@ def read(
 
 
 def fingerprint(builder: tfds.core.DatasetBuilder, split: str) -> str:
-    """Returns a hash of the files in which a split is stored."""
+    """Return a hash of the files in which a split is stored."""
     return files.digest(*map(Path, builder.info.splits[split].filepaths))
 
 
 def _read_idx(path: os.PathLike[str], shape: tuple[int, ...]) -> UInt8[np.ndarray, "..."]:
-    """Reads a gzipped idx file: a magic number and the shape, 4 bytes each, then the bytes."""
+    """Read a gzipped idx file: a magic number and the shape, 4 bytes each, then the pixels."""
     with gzip.open(path) as file:
         contents = np.frombuffer(file.read(), np.uint8)
     return contents[-math.prod(shape) :].reshape(shape)
 
 
 def _probe(url: str) -> None:
-    """Raises OSError unless `url` answers one request in time."""
+    """Raise OSError unless `url` answers one request in time."""
     answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -130,7 +133,7 @@ def _probe(url: str) -> None:
         else:
             answers.put(None)
 
-    # In a thread, as no time-out of a socket covers the look-up of the host's name.
+    # In a thread, because the time-out of a socket does not cover the look-up of the host name.
     threading.Thread(target=ask, daemon=True).start()
     try:
         error = answers.get(timeout=PROBE_SECONDS)
