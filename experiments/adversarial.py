@@ -141,27 +141,11 @@ def measure(options: Options, digits: Materials, seed: int) -> Row:
 
 
 def fit(
-    key: Key[Array, ""],
-    train: data.Dataset,
-    *,
-    steps: int | None = None,
-    apply: Any = RECIPE.model.apply,
-    decay: float = 1.0,
-    **options: Any,
+    key: Key[Array, ""], train: data.Dataset, *, decay: float = 1.0, **options: Any
 ) -> training.FitResult:
     """Train as `networks.train` does with the same key, except for the options."""
-    init_key, order_key = jax.random.split(key)
-    return networks.fit(
-        RECIPE,
-        apply,
-        RECIPE.model.init(init_key, train.images[0]),
-        train.images,
-        train.labels,
-        key=order_key,
-        steps=steps,
-        penalty=training.weight_decay([decay * weight for weight in RECIPE.weight_decay]),
-        **options,
-    )
+    penalty = training.weight_decay([decay * weight for weight in RECIPE.weight_decay])
+    return networks.fit_from_scratch(key, RECIPE, train, penalty=penalty, **options)
 
 
 def thinned(

@@ -15,10 +15,8 @@ as many evaluations of the network's value and gradient on the same batch.
 """
 
 import dataclasses
-import functools
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,13 +25,13 @@ import numpy as np
 from jaxtyping import Array, Int
 from matplotlib.figure import Figure
 
-from advjax import attacks, data, losses, metrics, plots
+from advjax import attacks, data, metrics, plots
 from experiments.common import foolbox_peers, markdown, networks, paper
 from experiments.common.claims import Claim, verdict
 from experiments.common.measure import Arrays, Content, Row
 from experiments.common.options import PhotographOptions, trial
 from experiments.common.photographs import OSTRICH, Subjects, load_network, load_subjects
-from experiments.common.timing import vmapped
+from experiments.common.timing import gradients, seconds_of, vmapped
 from experiments.common.victims import Victims, attack_victims
 
 SHOWN = 6
@@ -116,27 +114,17 @@ def _overhead(network: networks.Network, chosen: Victims, evals: int) -> float:
     """The time of `minimum_norm` on a batch over that of as many network evaluations."""
     xs, targets = jnp.asarray(chosen.images), jnp.asarray(chosen.targets)
 
-    def loss(logits_fn, x, target):
-        return losses.cross_entropy(logits_fn(x), target)
-
-    gradient = jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=1), in_axes=(None, 0, 0)))
-    evaluate = functools.partial(gradient, network.logits_fn)
+    given = network.logits_fn, xs, targets
     attack = vmapped(attacks.minimum_norm(network.logits_fn, rough=True, max_evals=evals))
-
-    def seconds(fn: Callable[..., Any]) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(fn(xs, targets))
-        return time.perf_counter() - start
-
     # Both are compiled before; a batch takes as many evaluations as its slowest image.
     spent = int(attack(xs, targets).num_evals.max())
-    seconds(evaluate)
+    seconds_of(gradients, *given)
     # In turns, so that other load on the machine affects both.
-    turns = [
-        (seconds(attack), sum(seconds(evaluate) for _ in range(spent)))
+    ratios = [
+        seconds_of(attack, xs, targets) / sum(seconds_of(gradients, *given) for _ in range(spent))
         for _ in range(1 if evals < 10 else 3)
     ]
-    return float(np.median([ours / net_alone for ours, net_alone in turns]))
+    return float(np.median(ratios))
 
 
 def _peers(network: networks.Network, chosen: Victims, steps: int) -> list[Row]:

@@ -151,7 +151,7 @@ def views(
 ) -> Float[Array, "n views height width 3"]:
     """Each photograph followed by random crops of the same size, half of them mirrored."""
 
-    def crop(key: Key[Array, ""], image: Float[Array, "height width 3"]):
+    def crop(key: Key[Array, ""], image: Float[Array, "height width 3"]) -> Array:
         scale_key, place_key, mirror_key = jax.random.split(key, 3)
         scale = jax.random.uniform(scale_key, minval=SMALLEST_CROP, maxval=1.0)
         corner = jax.random.uniform(place_key, (2,)) * (1 - scale) * jnp.array(image.shape[:2])
@@ -160,7 +160,7 @@ def views(
         )
         return jnp.where(jax.random.bernoulli(mirror_key), cut[:, ::-1], cut)
 
-    def every(key: Key[Array, ""], image: Float[Array, "height width 3"]):
+    def every(key: Key[Array, ""], image: Float[Array, "height width 3"]) -> Array:
         some = jax.vmap(crop, (0, None))(jax.random.split(key, crops), image)
         return jnp.concatenate([image[None], some])
 

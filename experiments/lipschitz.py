@@ -157,7 +157,7 @@ def _local_radii(
 ) -> Float[Array, " n"]:
     """The radii that local bounds of pairs certify, which hold within a distance of each image."""
 
-    def radius(image, label, within):
+    def radius(image: Array, label: Array, within: Array) -> Array:
         pairs = lipschitz.pairwise(logits_fn, image, method=lipschitz.eclipse, radius=within)
         return jnp.minimum(lipschitz.certified_radius(logits_fn(image), label, pairs), within)
 
@@ -261,17 +261,13 @@ def _train(
 ) -> networks.Network:
     """Train a network by its recipe, except for the regularisation."""
     recipe = networks.RECIPES[name]
-    apply = recipe.model.apply
-    init_key, order_key = jax.random.split(key)
-    fitted = networks.fit(
+    given = recipe.model.apply, train.images[0]
+    fitted = networks.fit_from_scratch(
+        key,
         recipe,
-        apply,
-        recipe.model.init(init_key, train.images[0]),
-        train.images,
-        train.labels,
-        key=order_key,
+        train,
         steps=steps,
-        before=training.lipschitz_penalty(strength, apply, train.images[0]) if strength else None,
+        before=training.lipschitz_penalty(strength, *given) if strength else None,
         penalty=training.weight_decay(recipe.weight_decay) if decay else None,
     )
     return networks.Network(name, recipe.model, fitted.params)

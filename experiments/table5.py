@@ -209,7 +209,7 @@ def unscaled_norm(
 def _pool_stretch() -> float:
     """By how much AlexNet's pooling stretches a difference of one pixel."""
 
-    def pool(x):
+    def pool(x: Array) -> Array:
         return nn.max_pool(x, (3, 3), (2, 2))
 
     pixel = jnp.zeros((5, 5, 1)).at[2, 2].set(1.0)

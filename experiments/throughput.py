@@ -94,7 +94,7 @@ def fixed_batches(
     """Batches in sequence under `jax.vmap`, the last one padded with the first images."""
     run = vmapped(attack)
 
-    def attack_images(xs, targets):
+    def attack_images(xs: np.ndarray, targets: np.ndarray) -> attacks.AttackResult:
         order = np.resize(np.arange(len(xs)), (-(-len(xs) // batch_size), batch_size))
         found = [jax.device_get(run(xs[batch], targets[batch])) for batch in order]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(xs)], *found)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from advjax.types import LogitsFn
 from experiments.common.peers import Outcome, Way
@@ -107,7 +107,7 @@ def _attack(
     logits = jax.jit(jax.vmap(logits_fn))
     gradients = 0
 
-    def model(images):
+    def model(images: Array) -> Array:
         # For each gradient foolbox differentiates the model again, calling it with a tracer.
         nonlocal gradients
         gradients += isinstance(images, jax.core.Tracer)

@@ -114,12 +114,11 @@ def train(
     init_key, order_key = jax.random.split(key)
     params = recipe.model.init(init_key, split.images[0])
     print(f"{name}: training on {len(split.images):,} images", flush=True)
-    given: tuple[Any, ...] = (params, split.images, split.labels)
-    options: dict[str, Any] = {"key": order_key, "steps": steps}
+    given = params, split.images, split.labels
     if recipe.pretraining is None:
-        params = _fit_classifier(recipe, *given, **options)
+        params = _fit_classifier(order_key, recipe, *given, steps)
     else:
-        params = _fit_on_code(recipe, recipe.pretraining, *given, **options)
+        params = _fit_on_code(order_key, recipe, recipe.pretraining, *given, steps)
     return Network(name, recipe.model, params)
 
 
@@ -157,22 +156,26 @@ def _recipe(name: str) -> Recipe:
 
 
 def _fit_classifier(
-    recipe: Recipe, params: PyTree[Array], images: Any, labels: Any, **options: Any
+    key: Key[Array, ""],
+    recipe: Recipe,
+    params: PyTree[Array],
+    images: Any,
+    labels: Any,
+    steps: int | None,
 ) -> PyTree[Array]:
     penalty = training.weight_decay(recipe.weight_decay)
-    fitted = fit(recipe, recipe.model.apply, params, images, labels, penalty=penalty, **options)
-    return fitted.params
+    given = recipe.model.apply, params, images, labels
+    return fit(key, recipe, *given, steps=steps, penalty=penalty).params
 
 
 def _fit_on_code(
+    key: Key[Array, ""],
     recipe: Recipe,
     pretraining: Pretraining,
     params: PyTree[Array],
     images: Any,
     labels: Any,
-    *,
-    key: Key[Array, ""],
-    **options: Any,
+    steps: int | None,
 ) -> PyTree[Array]:
     """Train the encoder and the decoder on the images, and then the softmax on the code."""
     layers = functools.partial(recipe.model.apply, method="layers")
@@ -182,37 +185,39 @@ def _fit_on_code(
         return error + training.sparsity(outputs["code"], target=pretraining.active)
 
     code_key, softmax_key = jax.random.split(key)
-    autoencoder = fit(
-        pretraining,
-        layers,
-        params,
-        images,
-        images,
-        key=code_key,
-        loss=loss,
-        penalty=training.weight_decay(pretraining.weight_decay),
-        **options,
-    ).params
+    penalty = training.weight_decay(pretraining.weight_decay)
+    given = layers, params, images, images
+    autoencoder = fit(code_key, pretraining, *given, steps=steps, loss=loss, penalty=penalty).params
     codes = jax.lax.map(lambda x: layers(autoencoder, x)["code"], images, batch_size=1000)
-    softmax = _fit_classifier(
-        recipe._replace(model=models.Softmax(recipe.model.classes)),
-        {"params": {"logits": params["params"]["logits"]}},
-        codes,
-        labels,
-        key=softmax_key,
-        **options,
-    )
+    on_code = recipe._replace(model=models.Softmax(recipe.model.classes))
+    softmax_params = {"params": {"logits": params["params"]["logits"]}}
+    softmax = _fit_classifier(softmax_key, on_code, softmax_params, codes, labels, steps)
     return {"params": autoencoder["params"] | softmax["params"]}
 
 
+def fit_from_scratch(
+    key: Key[Array, ""],
+    recipe: Recipe,
+    split: data.Dataset,
+    *,
+    apply: Callable[..., Array] | None = None,
+    **options: Any,
+) -> training.FitResult:
+    """Train as `train` does with the same key, except for the options of `fit`."""
+    init_key, order_key = jax.random.split(key)
+    params = recipe.model.init(init_key, split.images[0])
+    given = apply or recipe.model.apply, params, split.images, split.labels
+    return fit(order_key, recipe, *given, **options)
+
+
 def fit(
+    key: Key[Array, ""],
     schedule: Recipe | Pretraining,
     apply: Callable[..., Array],
     params: PyTree[Array],
     images: Any,
     labels: Any,
     *,
-    key: Key[Array, ""],
     steps: int | None = None,
     before: optax.GradientTransformation | None = None,
     **objective: Any,
@@ -220,12 +225,12 @@ def fit(
     """Minimise an objective of `training.fit` by the schedule of a recipe, with a progress bar.
 
     Args:
+        key: For the order of the images.
         schedule: The learning rate, the batch size and the epochs.
         apply: The network; see `training.fit`.
         params: The initial parameters.
         images: The training images.
         labels: The argument of the loss for each image.
-        key: For the order of the images.
         steps: How many steps to train for; see `train`.
         before: A transformation of the gradients before Adam.
         **objective: Losses and penalties of `training.fit`.

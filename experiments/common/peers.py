@@ -1,11 +1,12 @@
 """The interface of the compared methods, and the paper's attack with SciPy's L-BFGS-B."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from scipy import optimize
 
 from advjax import losses
@@ -62,7 +63,7 @@ def scipy_lbfgs(
         `(x, target) -> PeerResult`, for the box [0, 1], squared L2 and cross-entropy.
     """
 
-    def loss(x, target):
+    def loss(x: Array, target: int) -> tuple[Array, Array]:
         logits = logits_fn(x)
         return losses.cross_entropy(logits, target), logits
 
@@ -73,11 +74,11 @@ def scipy_lbfgs(
         origin = np.asarray(x, np.float64).ravel()
         num_evals = 0
 
-        def image(flat):
+        def image(flat: np.ndarray) -> Array:
             return jnp.asarray(flat.reshape(np.shape(x)))
 
-        def solve(c):
-            def objective(flat):
+        def solve(c: float) -> np.ndarray:
+            def objective(flat: np.ndarray) -> tuple[Any, np.ndarray]:
                 nonlocal num_evals
                 num_evals += 1
                 (value, _), grad = evaluate(image(flat), target)

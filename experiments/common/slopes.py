@@ -32,7 +32,7 @@ def estimate(
 def steepest(logits_fn: Callable, inputs: Float[Array, "n *shape"]) -> Float[Array, ""]:
     """Estimate the largest norm of the Jacobians at the inputs from below."""
 
-    def slope(x):
+    def slope(x: Array) -> Array:
         _, jacobian = jax.linearize(logits_fn, x)
         key = jax.random.key(0)
         return lipschitz.lanczos(jacobian, x, key=key, num_starts=1, num_steps=10).value

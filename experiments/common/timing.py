@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from advjax import attacks, losses
+from advjax.types import LogitsFn
 
 BATCH_SIZE = 100
 """The batch size at which gradients are timed."""
@@ -18,7 +19,7 @@ BATCH_SIZE = 100
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     """Return the result of a function, and the seconds of the best of three calls once compiled."""
     result = jax.block_until_ready(function(*arguments))
-    return result, min(_seconds(function, *arguments) for _ in range(3))
+    return result, min(seconds_of(function, *arguments) for _ in range(3))
 
 
 def vmapped(attack: attacks.Attack) -> Callable[..., attacks.AttackResult]:
@@ -35,19 +36,22 @@ def time_of_a_gradient(
     logits_fn: jax.tree_util.Partial, xs: np.ndarray, targets: np.ndarray, *, repeats: int = 100
 ) -> float:
     """The seconds per image of the loss and its gradient in one batch: the best of many calls."""
-
-    @jax.jit
-    def value_and_grad(logits_fn, xs, targets):
-        def loss(x, target):
-            return losses.cross_entropy(logits_fn(x), target)
-
-        return jax.vmap(jax.value_and_grad(loss))(xs, targets)
-
     arguments = jax.device_put((logits_fn, xs, targets))
-    return min(_seconds(value_and_grad, *arguments) for _ in range(repeats)) / len(xs)
+    return min(seconds_of(gradients, *arguments) for _ in range(repeats)) / len(xs)
 
 
-def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+@jax.jit
+def gradients(logits_fn: LogitsFn, xs: Array, targets: Array) -> tuple[Array, Array]:
+    """The cross-entropy of each image of a batch, and its gradient."""
+
+    def loss(x: Array, target: Array) -> Array:
+        return losses.cross_entropy(logits_fn(x), target)
+
+    return jax.vmap(jax.value_and_grad(loss))(xs, targets)
+
+
+def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
+    """Time one call of a function."""
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start

@@ -28,7 +28,7 @@ def features(
 ) -> Float[Array, "n units"]:
     """The output of a layer for each image."""
 
-    def phi(image):
+    def phi(image: Array) -> Array:
         return jnp.ravel(network.model.apply(network.params, image, method="layers")[layer])
 
     return jax.lax.map(phi, images, batch_size=1000)

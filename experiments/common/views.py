@@ -2,12 +2,12 @@
 
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 from matplotlib.figure import Figure
 
 from advjax import data, units
@@ -70,8 +70,10 @@ def pooled_features(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _features(model, params, images, layers):
-    def of_one(image):
+def _features(
+    model: Any, params: PyTree, images: Array, layers: tuple[str, ...]
+) -> dict[str, Array]:
+    def of_one(image: Array) -> dict[str, Array]:
         outputs = model.apply(params, image, method="layers")
         return {
             name: jnp.mean(outputs[name].reshape(-1, outputs[name].shape[-1]), axis=0)
