@@ -17,7 +17,7 @@ COMMANDS = ("report", *EXPERIMENTS)
 
 
 def overview() -> str:
-    """One line for each experiment, read without importing it."""
+    """List the experiments, one line each, without importing them."""
     width = max(map(len, COMMANDS))
     lines = ["python -m experiments NAME [--help]", ""]
     for name in COMMANDS:
@@ -28,7 +28,7 @@ def overview() -> str:
 
 
 def run(args: Sequence[str]) -> int:
-    """Runs what the command line asks for; returns the exit status."""
+    """Run what the command line asks for; return the exit status."""
     if not args or args[0] in ("-h", "--help"):
         print(overview())
         return 0

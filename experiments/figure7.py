@@ -165,7 +165,7 @@ def claims(content: Content) -> list[Claim]:
             "Under Gaussian noise of standard deviation 1 a network gets half of the images right",
             f"{markdown.percent(PRINTED, 0)}, for an unnamed network",
             f"{min(means):.0f} to {max(means):.0f} %, depending on the network and on clipping to "
-            f"[0, 1]; near 51 %: {', '.join(near) or 'none'}",
+            f"[0, 1]; near that: {', '.join(near) or 'none'}",
             "holds" if near else "does not hold",
         ),
     ]

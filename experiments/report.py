@@ -18,18 +18,13 @@ from advjax import files
 from experiments import EXPERIMENTS
 from experiments.common import markdown, measure
 from experiments.common.measure import Content
-from experiments.common.options import PHOTOGRAPHS, DigitOptions, Name, Source
+from experiments.common.options import PHOTOGRAPHS, DataOptions, DigitOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(DataOptions):
     """Runs the experiments of the report that have not been run, and writes it."""
 
-    dataset: Name = "mnist"
-    """The data set."""
-    source: Source = "auto"
-    """Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or the
-    first of both that can be had."""
     out: Path = Path("results")
     """The folder for the numbers, the figures and REPORT.md."""
     quick: bool = False
@@ -46,7 +41,7 @@ class Options:
 
 
 def write(options: Options) -> None:
-    """Runs the experiments of the report that have not been run, and writes it."""
+    """Run the experiments of the report that have not been run, and write it."""
     sections: list[tuple[ModuleType, Content]] = []
     missing: dict[str, str] = {}
     for name in (name for name, in_report in EXPERIMENTS.items() if in_report):

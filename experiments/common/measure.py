@@ -99,7 +99,8 @@ def _measured(experiment: ModuleType, options: Any) -> Content:
         if content is not None:  # measured on the source that was found
             return content
         if (other := _read(path)) is not None:
-            print(f"{path} is of {other.get('config')}, not of {_config(options, source)}.")
+            wanted = _config(options, source)
+            print(f"{path}: measured with {other.get('config')}, expected {wanted}.", flush=True)
     config = _config(options, source)
     partial = path.with_suffix(".partial")
     partial.mkdir(parents=True, exist_ok=True)

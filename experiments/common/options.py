@@ -89,14 +89,20 @@ class Digits(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DigitOptions(Options):
-    """The options of an experiment on MNIST or on a data set of its form."""
+class DataOptions:
+    """The choice of digits."""
 
     dataset: Name = "mnist"
     """The data set."""
     source: Source = "auto"
     """Its source: tensorflow-datasets, the sample of MNIST inside the package, or the first of the
     two that is available. A trial uses the sample."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DigitOptions(Options, DataOptions):
+    """The options of an experiment on MNIST or on a data set of its form."""
+
     seeds: int = 1
     """How many times to measure, each time with retrained networks and other images."""
 
