@@ -16,16 +16,14 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from advjax import lipschitz
-from advjax.lipschitz.bound import linear_layers
 from experiments.common import markdown, networks
 from experiments.common.claims import Claim
 from experiments.common.measure import Content, Row
 from experiments.common.options import PhotographOptions, trial
 from experiments.common.photographs import Subjects, load_network, load_subjects
-from experiments.common.slopes import Linear, estimate, steepest
+from experiments.common.slopes import estimate, steepest
 
 PARTS = ("expand", "depthwise", "project")
 """The layers of a block; the stem, the head and the logits are single layers."""
@@ -53,12 +51,12 @@ def measure(options: Options, subjects: Subjects, seed: int) -> Row:
     bound, seconds = _bound(network, like)
     names = [_name(layer) for layer in bound.layers]
     print("Estimating the norms of its layers, and its slope, from below", flush=True)
-    linear = iter(linear_layers(network.logits_fn, like))
+    linear = iter(lipschitz.linear_layers(network.logits_fn, like))
     certified = functools.partial(lipschitz.certified_radius, constant=1.0)
     logits = jax.lax.map(network.logits_fn, jnp.asarray(chosen.images), batch_size=4)
     return {
         "layers": [
-            {"layer": name, "bound": float(layer.gain), "lanczos": _lanczos(*next(linear))}
+            {"layer": name, "bound": float(layer.gain), "lanczos": _lanczos(next(linear))}
             for name, layer in zip(names, bound.layers, strict=True)
             if _is_linear(layer)
         ],
@@ -97,10 +95,10 @@ def _is_linear(layer: lipschitz.Layer) -> bool:
     return layer.name.endswith(("conv_general_dilated", "dot_general"))
 
 
-def _lanczos(layer: Linear, kernels: Array) -> float:
+def _lanczos(stack: lipschitz.Dense | lipschitz.Conv) -> float:
     """A lower estimate of the norm of a layer."""
-    (kernel,) = kernels
-    return float(estimate(lipschitz.lanczos, layer, kernel))
+    layer = jax.tree.map(lambda kernels: kernels[0], stack)
+    return float(estimate(lipschitz.lanczos, layer))
 
 
 # --- words -----------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ TRAINING = ("net", "decay", "strength")
 RADIUS = 0.3
 """The L2 radius at which certified and robust images are counted."""
 
-CONSTANTS: dict[str, Callable[..., Array]] = {
+CONSTANTS: dict[str, Callable[..., Array | lipschitz.Bound]] = {
     "product": lambda *network: lipschitz.bound(*network).constant,
     "`eclipse`": lambda *network: lipschitz.bound(*network, method=lipschitz.eclipse).constant,
     "`lipsdp`": lambda *network: lipschitz.bound(*network, method=lipschitz.lipsdp).constant,
@@ -143,9 +143,9 @@ def _sandwich(
     return {"right": int(right.sum()), "certified": rows, "found": found}, radii, distances
 
 
-def _number(constant: Array | None) -> float | None:
+def _number(constant: Array | lipschitz.Bound | None) -> float | None:
     """A single constant as a number; None for one per pair."""
-    return None if constant is None or constant.ndim else float(constant)
+    return float(constant) if isinstance(constant, jax.Array) else None
 
 
 @jax.jit
@@ -159,7 +159,7 @@ def _local_radii(
 
     def radius(image: Array, label: Array, within: Array) -> Array:
         pairs = lipschitz.pairwise(logits_fn, image, method=lipschitz.eclipse, radius=within)
-        return jnp.minimum(lipschitz.certified_radius(logits_fn(image), label, pairs), within)
+        return lipschitz.certified_radius(logits_fn(image), label, pairs)
 
     return jax.lax.map(lambda each: radius(*each), (images, labels, within), batch_size=100)
 

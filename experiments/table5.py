@@ -34,9 +34,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree
 
 from advjax import lipschitz, models
-from advjax.lipschitz.bound import linear_layers
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense
+from advjax.lipschitz import Conv, Dense
 from experiments.common import markdown, networks, paper, statistics
 from experiments.common.claims import Claim
 from experiments.common.measure import Content, Row, grouped
@@ -130,7 +128,7 @@ def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) ->
     """Bound each layer of a network in all readings, and the network as a whole."""
     print(f"{name}: bounding", flush=True)
     bound, seconds = _timed(lipschitz.bound, logits_fn, inputs[0])
-    linear = iter(linear_layers(logits_fn, inputs[0]))
+    linear = iter(lipschitz.linear_layers(logits_fn, inputs[0]))
     layers = []
     for layer in bound.layers:
         *modules, operation = layer.name.split("/")
@@ -139,7 +137,7 @@ def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) ->
             {
                 "layer": modules[-1] if is_linear else _WORDS.get(operation, operation),
                 "bound": float(layer.gain),
-                **(_readings(*next(linear)) if is_linear else {}),
+                **(_readings(next(linear)) if is_linear else {}),
             }
         )
     tighter = {
@@ -156,18 +154,18 @@ def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) ->
     }
 
 
-def _readings(layer: Dense | Convolution, kernels: Float[Array, "1 *kernel"]) -> dict[str, Any]:
+def _readings(stack: Dense | Conv) -> dict[str, Any]:
     """The other readings of a layer's norm, their times, and the stride."""
-    (kernel,) = kernels
+    layer = jax.tree.map(lambda kernels: kernels[0], stack)
     found, seconds = {}, {}
     for name, method in (("power", lipschitz.power_iteration), ("lanczos", lipschitz.lanczos)):
-        compiled = estimate.lower(method, layer, kernel).compile()
-        found[name], seconds[name] = _timed(compiled, kernel)
-    found["unscaled"], seconds["numpy"] = _timed(unscaled_norm, layer, np.asarray(kernel))
+        compiled = estimate.lower(method, layer).compile()
+        found[name], seconds[name] = _timed(compiled, layer)
+    found["unscaled"], seconds["numpy"] = _timed(unscaled_norm, layer)
     # Already compiled for the bound of the whole network.
-    apply, like = functools.partial(layer.apply, kernel), input_like(layer, kernel)
-    _, seconds["bound"] = _timed(functools.partial(lipschitz.bound, apply), like)
-    stride = layer.axes[0].stride if isinstance(layer, Convolution) else 1
+    like = input_like(layer)
+    _, seconds["bound"] = _timed(functools.partial(lipschitz.bound, layer.apply), like)
+    stride = layer.axes[0].stride if isinstance(layer, Conv) else 1
     values = {name: float(value) for name, value in found.items()}
     return {**values, "stride": stride, "seconds": seconds}
 
@@ -179,15 +177,12 @@ def _timed(fn: Callable, *args: Any) -> tuple[Any, float]:
     return found, time.perf_counter() - start
 
 
-def unscaled_norm(
-    layer: Dense | Convolution, kernel: Float[np.ndarray, "*window in out"]
-) -> Float[np.ndarray, ""]:
+def unscaled_norm(layer: Dense | Conv) -> Float[np.ndarray, ""]:
     """Compute the paper's `sup |A(xi)|`, without its factor for the stride, with NumPy.
 
     Args:
         layer: A dense layer, or a convolution along two axes, which is taken as cyclic on the grid
             of its input, rounded up to a multiple of the stride.
-        kernel: Its kernel.
 
     Returns:
         The largest singular value of all A(xi), whose rows are the aliases of a frequency. Half of
@@ -195,6 +190,7 @@ def unscaled_norm(
 
     Source: Szegedy et al. (2013), section 4.3.
     """
+    kernel = np.asarray(layer.kernel)
     if isinstance(layer, Dense):
         return np.linalg.svd(kernel, compute_uv=False)[0]
     (rows, s), (columns, t) = ((-(-a.size // a.stride), a.stride) for a in layer.axes)

@@ -8,24 +8,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from advjax import lipschitz
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense
 
-Linear = Dense | Convolution
+Layer = lipschitz.Dense | lipschitz.Conv
 
 
-def input_like(layer: Linear, kernel: Float[Array, "*kernel"]) -> jax.ShapeDtypeStruct:
+def input_like(layer: Layer) -> jax.ShapeDtypeStruct:
     """The shape of a layer's input."""
-    return jax.ShapeDtypeStruct(layer.input_shape(kernel.shape), kernel.dtype)
+    return jax.ShapeDtypeStruct(layer.input_shape, layer.kernel.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def estimate(
-    method: Callable[..., lipschitz.Estimate], layer: Linear, kernel: Float[Array, "*kernel"]
-) -> Float[Array, ""]:
+@functools.partial(jax.jit, static_argnums=0)
+def estimate(method: Callable[..., lipschitz.Estimate], layer: Layer) -> Float[Array, ""]:
     """Estimate the norm of a layer from below, by power iteration or Lanczos from one start."""
-    apply, like = functools.partial(layer.apply, kernel), input_like(layer, kernel)
-    return method(apply, like, key=jax.random.key(0), num_starts=1).value
+    return method(layer.apply, input_like(layer), key=jax.random.key(0), num_starts=1).value
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""What the walk over a jaxpr knows of an intermediate result."""
+"""What the interpreter of a jaxpr knows of an intermediate result."""
 
 import dataclasses
 import functools
@@ -9,7 +9,26 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-Scalar = Float[Array, ""] | float
+from advjax.lipschitz.jaxpr.scaled import Scalar, Scaled, scaled, unscaled
+
+
+class NotLipschitzError(ValueError):
+    """An operation has no Lipschitz constant that holds for every input, or none is known.
+
+    Attributes:
+        remedy: What would help; by default a rule of one's own.
+    """
+
+    def __init__(self, message: str, remedy: str = ""):
+        super().__init__(message)
+        self.remedy = remedy
+
+
+OWN_FUNCTION = (
+    "Put what it is a part of in a function under jax.jit and tell that function's constant with "
+    "lipschitz.register_rule."
+)
+"""The remedy for an operation that is Lipschitz only as a part of something larger."""
 
 
 class Interval(NamedTuple):
@@ -63,7 +82,7 @@ class Signal:
 
     shape: tuple[int, ...]
     dtype: Any
-    bound: Scalar | Callable[[], Scalar]
+    bound: Scaled | Scalar | Callable[[], Scaled]
     operation: Operation | None = None
     layer: Operation | None = None
     reason: str = ""
@@ -71,9 +90,21 @@ class Signal:
     centre: Interval | None = None
 
     @functools.cached_property
+    def scaled(self) -> Scaled:
+        """The Lipschitz constant, which may be too small or too large for a number in float32."""
+        bound = self.bound() if callable(self.bound) else self.bound
+        return bound if isinstance(bound, Scaled) else scaled(bound)
+
+    @functools.cached_property
     def constant(self) -> Scalar:
         """The Lipschitz constant."""
-        return self.bound() if callable(self.bound) else self.bound
+        return unscaled(self.scaled)
+
+    def with_constant(self, constant: Scalar) -> "Signal":
+        """The same signal with another constant."""
+        copy = dataclasses.replace(self)
+        copy.__dict__["constant"] = constant
+        return copy
 
     @property
     def size(self) -> int:
@@ -103,3 +134,18 @@ class Signal:
 def concrete(*values: Any) -> bool:
     """Whether values are known now, rather than traced."""
     return not any(isinstance(value, jax.core.Tracer) for value in values)
+
+
+def known_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Evaluate a function now where its arguments are known, even while one around it is traced."""
+
+    @functools.wraps(function)
+    def evaluate(*args, **options):
+        leaves = jax.tree.leaves((args, options))
+        places = [(x.interval, x.centre) for x in leaves if isinstance(x, Signal)]
+        if not concrete(*leaves, *jax.tree.leaves(places)):
+            return function(*args, **options)
+        with jax.ensure_compile_time_eval():
+            return function(*args, **options)
+
+    return evaluate

@@ -8,21 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.intervals import largest_slope
-from advjax.lipschitz.norms import Dense, Linear
-from advjax.lipschitz.patterns import SELU_SLOPE
-from advjax.lipschitz.rules import convolution
-from advjax.lipschitz.signals import Operation, Signal
+from advjax.lipschitz.jaxpr import elementwise
+from advjax.lipschitz.jaxpr.intervals import largest_slope
+from advjax.lipschitz.jaxpr.products import Layer, Product, Window, convolution, product
+from advjax.lipschitz.jaxpr.values import Operation, Signal
 
 # Elementwise and nondecreasing, with the largest slope.
 _SLOPES = {
-    **dict.fromkeys(["max", "min", "clamp", "tanh", "atan", "asinh"], 1.0),
-    **dict.fromkeys(["softplus", "celu", "soft_sign", "hard_tanh"], 1.0),
+    **{
+        name: row.slope
+        for name, row in elementwise.TABLE.items()
+        if row.increasing and math.isfinite(row.slope)
+    },
+    "celu": elementwise.PARAMETRIC["celu"].row(1.0).slope,  # that of every celu that increases
+    **dict.fromkeys(["max", "min", "clamp"], 1.0),
     **dict.fromkeys(["add", "add_any", "sub", "copy", "copy_p", "stop_gradient"], 1.0),
-    "logistic": 1 / 4,
-    "erf": 2 / math.sqrt(math.pi) * (1 + 2.0**-23),
-    "selu": SELU_SLOPE,
 }
 _ORDERED = ("clamp", "sub")  # nondecreasing in one of their operands only
 _SHIFTS = ("add", "add_any", "sub", "copy", "copy_p")
@@ -42,7 +42,7 @@ class Chain(NamedTuple):
     """
 
     start: Signal
-    layers: tuple[Linear, ...]
+    layers: tuple[Layer, ...]
     slopes: tuple[Slope, ...]
     steepest: tuple[float, ...]
 
@@ -58,7 +58,7 @@ class _Link(NamedTuple):
     """
 
     signal: Signal
-    layer: Linear
+    layer: Layer
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
@@ -68,7 +68,7 @@ def ending(op: Operation) -> Chain | None:
     link = _link(op)
     if link is None:
         return None
-    layers: list[Linear] = []
+    layers: list[Layer] = []
     slopes: list[tuple[Slope, float]] = []
     while (join := _join(link)) is not None:
         layers.append(join.layer)
@@ -113,11 +113,12 @@ def _dense(op: Operation) -> _Link | None:
     contract, batch = op.params["dimension_numbers"]
     side = 0 if isinstance(op.inputs[1], Signal) else 1
     kernel, signal = op.inputs[side], op.inputs[1 - side]
-    if batch[0] or len(contract[0]) != 1 or kernel.ndim != 2:
+    is_real = jnp.issubdtype(jnp.result_type(kernel), jnp.floating)
+    if batch[0] or len(contract[0]) != 1 or kernel.ndim != 2 or not is_real:
         return None
-    matrix = kernel if contract[side] == (0,) else kernel.T
+    (matrix,) = product(op).kernel
     units = len(op.shape) - 1 if side == 1 else 0
-    return _Link(signal, Linear(matrix, Dense()), tuple(contract[1 - side]), (units,))
+    return _Link(signal, Product(matrix), tuple(contract[1 - side]), (units,))
 
 
 def _convolution(op: Operation) -> _Link | None:
@@ -147,7 +148,7 @@ class _Join(NamedTuple):
     """
 
     before: _Link
-    layer: Linear
+    layer: Layer
     slope: Slope
     steepest: float
 
@@ -180,7 +181,7 @@ def _join(link: _Link) -> _Join | None:
     layer = _taking(link, before, _rows(places, link.inputs), _rows(made, before.outputs))
     if layer is None:
         return None
-    if isinstance(before.layer.kind, Convolution):
+    if isinstance(before.layer, Window):
         local = steepest  # of a channel's many pixels one is nearly always as steep
     elif isinstance(local, jax.Array):
         local = jnp.max(_rows(local.reshape(signal.shape), before.outputs), axis=0, initial=0)
@@ -192,7 +193,7 @@ def _taking(
     before: _Link,
     taken: Int[np.ndarray, "examples units"],
     made: Int[np.ndarray, "others outputs"],
-) -> Linear | None:
+) -> Layer | None:
     """A layer for the units of the one before in their order; None if it mixes examples of that."""
     numbers = np.empty(made.size, int)
     numbers[made] = np.arange(made.size).reshape(made.shape)
@@ -201,12 +202,9 @@ def _taking(
     same = np.all(examples == examples[:, :1]) and np.all(units == order)
     if taken.shape[1] != made.shape[1] or not same:
         return None
-    kernel, kind = link.layer
-    if isinstance(kind, Dense):
-        return Linear(kernel[np.argsort(order)], kind)
-    is_image = before.layer.kind.output_shape(before.layer.kernel.shape) == kind.input_shape(
-        kernel.shape
-    )
+    if isinstance(link.layer, Product):
+        return Product(link.layer.kernel[np.argsort(order)])
+    is_image = before.layer.output_shape == link.layer.input_shape
     return link.layer if is_image and np.all(order == np.arange(len(order))) else None
 
 
