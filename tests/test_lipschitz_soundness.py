@@ -433,6 +433,13 @@ def test_the_remedy_for_a_product_is_a_region_which_helps(fn):
     assert slopes.max() <= constant(fn, V, box=(0, 1)) <= 4 * slopes.max()
 
 
+@pytest.mark.parametrize("fn", [jnp.exp, jnp.log, lambda x: x * x, lambda x: 1 / x, jnp.sqrt])
+def test_a_traced_region_of_a_product_gives_what_a_known_one_gives(fn):
+    found = jax.jit(lambda lower: lipschitz.bound(fn, V, box=(lower, 2)).constant)
+    assert found(0.5) == pytest.approx(constant(fn, V, box=(0.5, 2)), rel=1e-5)
+    assert np.isposinf(jax.jit(lambda x: lipschitz.bound(fn, V, box=(x, jnp.inf)).constant)(-jnp.inf))
+
+
 def test_the_remedy_for_a_product_is_bounded_factors_which_help():
     assert 2 <= constant(lambda x: jnp.tanh(x) * jnp.tanh(x), V) <= 2.001
     assert constant(lambda x: jnp.clip(x, -3, 3) ** 2, V) == pytest.approx(6, rel=1e-4)

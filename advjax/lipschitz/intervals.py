@@ -77,8 +77,8 @@ def enclosure(  # noqa: PLR0911
 
 def _apply(op: Operation, dtype: Any, *values: Any, **params: Any) -> Array:
     """The result of an operation for other inputs and parameters, in a precision."""
-    # Literals of a jaxpr are plain numbers.
-    arrays = [v if hasattr(v, "dtype") else jnp.asarray(v, dtype) for v in values]
+    # Literals of a jaxpr are numbers, with a dtype or without.
+    arrays = [jnp.asarray(v) if hasattr(v, "dtype") else jnp.asarray(v, dtype) for v in values]
     arrays = [v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for v in arrays]
     if op.params.get("preferred_element_type") is not None:
         params |= {"preferred_element_type": dtype}

@@ -396,7 +396,8 @@ def _elementwise(op: Operation) -> Scalar:
         slope = _largest(intervals.slope_on(row, intervals.anywhere(signal)))
         if concrete(slope) and not np.isfinite(slope):
             raise NotLipschitzError("its slope has no bound", _BOUNDED)
-    return signal.constant if slope == 1 else slope * signal.constant
+    is_one = isinstance(slope, float) and slope == 1
+    return signal.constant if is_one else slope * signal.constant
 
 
 def _sort(op: Operation) -> list[Scalar | NotLipschitzError]:
