@@ -596,7 +596,7 @@ PRODUCTS = _simple(
 
 JUMPS = _simple(
     {
-        "argsort": lambda x: jnp.argsort(x).astype(x.dtype),
+        "argsort": lambda x: jnp.argsort(jnp.atleast_1d(x)).astype(x.dtype),
         "ranks": lambda x: jnp.argsort(jnp.argsort(x.ravel())).astype(x.dtype),
         "argmax": lambda x: jnp.argmax(x).astype(x.dtype),
         "one hot of argmax": lambda x: jax.nn.one_hot(jnp.argmax(x), 3, dtype=x.dtype),
