@@ -112,18 +112,36 @@ def realise(steps: Steps, like: jax.ShapeDtypeStruct, arithmetic: Arithmetic) ->
     """The function that steps are, one after the other."""
     functions = []
     for step in steps:
-        written, fn = (
-            STEPS[step.name](Draw(np.random.default_rng(step.seed), like, kind))
-            for kind in (WRITTEN, arithmetic)
-        )
-        if written is None:
-            continue
-        after = jax.eval_shape(written, like)
-        if not 1 <= math.prod(after.shape) <= LARGEST:
-            continue
-        functions.append(fn)
-        like = after
+        after = _after(step, like)
+        if after is not None:
+            functions.append(_made(step, like, arithmetic))
+            like = after
     return lambda x: functools.reduce(lambda value, function: function(value), functions, x)
+
+
+def _made(step: Step, like: jax.ShapeDtypeStruct, arithmetic: Arithmetic) -> Function | None:
+    return STEPS[step.name](Draw(np.random.default_rng(step.seed), like, arithmetic))
+
+
+def _after(step: Step, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | None:
+    """What a step makes of such an array; None where it does not fit."""
+    written = _made(step, like, WRITTEN)
+    after = None if written is None else jax.eval_shape(written, like)
+    return after if after is not None and 1 <= math.prod(after.shape) <= LARGEST else None
+
+
+def random_program(
+    rng: np.random.Generator, groups: Sequence[Sequence[str]], like: jax.ShapeDtypeStruct
+) -> Steps:
+    """A step of each group that fits, if one is soon found."""
+    steps: Steps = ()
+    for names in groups:
+        for step in random_steps(rng, names, 8):
+            after = _after(step, like)
+            if after is not None:
+                steps, like = (*steps, step), after
+                break
+    return steps
 
 
 def random_steps(rng: np.random.Generator, names: Sequence[str], count: int) -> Steps:
@@ -578,7 +596,7 @@ PRODUCTS = _simple(
 
 JUMPS = _simple(
     {
-        "argsort": lambda x: jnp.argsort(x).astype(x.dtype),
+        "argsort": lambda x: jnp.argsort(jnp.atleast_1d(x)).astype(x.dtype),
         "ranks": lambda x: jnp.argsort(jnp.argsort(x.ravel())).astype(x.dtype),
         "argmax": lambda x: jnp.argmax(x).astype(x.dtype),
         "one hot of argmax": lambda x: jax.nn.one_hot(jnp.argmax(x), 3, dtype=x.dtype),

@@ -407,6 +407,29 @@ def test_what_cannot_be_bounded_is_named_with_its_line(fn):
         constant(fn, V)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_layer_ends_a_chain(method):
+    def fn(x):
+        x = jax.nn.relu(x @ jnp.ones((4, 0))) @ jnp.ones((0, 3))
+        return jax.nn.relu(x + 1) @ jnp.ones((3, 2))
+
+    assert constant(fn, V, method=method) == 0
+    assert constant(fn, V, method=method, box=(0, 1)) == 0
+
+
+@pytest.mark.parametrize("operation", ["copy", "optimization_barrier", "rev", "split", "sort"])
+def test_what_happens_to_entries_on_the_way_does_not_break_a_local_bound(operation):
+    moves = {
+        "copy": jnp.copy,
+        "optimization_barrier": jax.lax.optimization_barrier,
+        "rev": lambda x: x[::-1],
+        "split": lambda x: jnp.concatenate(jnp.split(x, 2)[::-1]),
+        "sort": jnp.sort,
+    }
+    found = constant(lambda x: jnp.tanh(moves[operation](2 * x)), V, box=(0, 1), radius=0.5)
+    assert 0.9 <= found <= 2.001 * np.sqrt(2)
+
+
 # Products
 
 

@@ -45,12 +45,13 @@ from advjax.types import Box
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One operation of a function that changes distances, or may.
+    """One operation of a function that may change distances.
 
     Attributes:
-        name: The operation, after the names of the modules that it is in.
-        source: The line of code that made it.
-        gain: By how much it multiplies the largest constant of its inputs; infinite if unknown.
+        name: The modules that it is in and the operation, separated by slashes.
+        source: The line of code that it comes from.
+        gain: The factor by which it multiplies the largest constant of its inputs; infinite if
+            unknown.
         constant: The bound from the input of the function up to here.
     """
 
@@ -67,7 +68,7 @@ class Bound(NamedTuple):
         constant: `|fn(x) - fn(y)| <= constant |x - y|` for all x and y that were asked for;
             infinite where it exceeds its dtype, as a network of fifty layers may exceed float32.
             From `pairwise` a matrix, with such a constant of the difference of each two outputs.
-        layers: What the bound is made of, in the order of evaluation.
+        layers: The operations that contribute to the bound, in the order of evaluation.
         radius: How far from the example inputs it holds, in L2; infinite without a `radius`. It is
             0 where the example inputs are outside the `box`. A bound with a `box` holds between
             inputs in that box only, whatever the radius.
@@ -254,13 +255,13 @@ RULES |= dict.fromkeys(("dot_general", "conv_general_dilated"), homogeneous(_lin
 
 
 class _Region(NamedTuple):
-    """A function's program with the signals of its inputs, which know where they are.
+    """A traced function and the inputs in question.
 
     Attributes:
         program: The function, traced.
-        inputs: Its inputs.
-        radius: How far they may be from the example; None if that is unlimited.
-        certifies: The same for certificates of the example: 0 where that is outside the box.
+        inputs: Its inputs, with the intervals that they lie in.
+        radius: Their largest distance from the example; None if unlimited.
+        certifies: The radius that a bound here may certify: 0 if the example is outside the box.
     """
 
     program: core.ClosedJaxpr
@@ -380,7 +381,7 @@ def _unless(conditions: Sequence[Array]) -> Scalar:
 
 
 def _outputs(region: _Region, method: Method | None) -> list[Signal]:
-    """What depends on the input among the results of a function."""
+    """The results of a function that depend on its inputs."""
     context = Context(functools.partial(_apply, method, region.radius))
     results = interpret(region.program, region.inputs, context)
     outputs = [x for x in results if isinstance(x, Signal)]
@@ -409,7 +410,7 @@ def _apply(
     avals: Sequence[Any],
     function_rule: Rule | None,
 ) -> list[Signal]:
-    """The results of an operation, by a pattern that it completes or by its rule."""
+    """Bound the results of an operation, by a pattern that it completes or by its rule."""
     is_primitive = function_rule is None
     found = patterns.match(op, avals[0]) if is_primitive else None
     layer, rule = op, RULES.get(op.name) if is_primitive else function_rule
@@ -461,7 +462,7 @@ def _is_complex(op: Operation, avals: Sequence[Any]) -> bool:
 def _location(
     op: Operation, radius: Float[ArrayLike, ""] | None
 ) -> tuple[Interval | None, Interval | None]:
-    """What the entries of a result are between, in all and at the example inputs."""
+    """Bounds of the entries of a result: for all inputs in question, and at the example."""
     interval, centre = (
         intervals.enclosure(op, [pick(x) if isinstance(x, Signal) else x for x in op.inputs])
         for pick in (lambda signal: signal.interval, lambda signal: signal.centre)
@@ -501,7 +502,7 @@ def _chain_bound(method: Method, chain: chains.Chain) -> ChainBound:
     found = method(_layers_of(chain), chain.steepest)
     if chain.slopes is chain.steepest:
         return found
-    # What the multipliers that a method finds are worth need not fall with the slopes.
+    # Smaller slopes do not always give a smaller bound: the multipliers that a method finds differ.
     return jax.tree.map(jnp.minimum, found, method(_layers_of(chain), chain.slopes))
 
 
@@ -515,7 +516,7 @@ def _unsupported(op: Operation, why: str, remedy: str = "") -> str:
 
 
 def _layers(outputs: Sequence[Signal]) -> Iterator[Layer]:
-    """The operations that outputs are made of and that do not leave the constant as it is."""
+    """The operations on the way to the outputs that change the constant, in order."""
     seen: set[int] = set()
     stack: list[tuple[Signal, bool]] = [(signal, False) for signal in reversed(outputs)]
     while stack:
@@ -535,7 +536,7 @@ def _layers(outputs: Sequence[Signal]) -> Iterator[Layer]:
 
 
 def _gain(after: Scaled, before: Scaled, constant: Float[Array, ""]) -> Float[Array, ""]:
-    """By how much one constant is larger than another; infinite where it exceeds its dtype."""
+    """The ratio of two constants; infinite where the first exceeds its dtype."""
     positive = jnp.asarray(before.mantissa) > 0
     ratio = jnp.asarray(after.mantissa) / jnp.where(positive, before.mantissa, 1)
     gain = unscaled(scaled(ratio, after.exponent - before.exponent))

@@ -35,10 +35,10 @@ class Chain(NamedTuple):
     """Convolutions and dense layers, and the largest slopes between them.
 
     Attributes:
-        start: What the first is applied to.
+        start: The operand of the first layer.
         layers: Convolutions before dense layers.
-        slopes: Of what is between each two; of each unit, where the bound is a local one.
-        steepest: The same for a bound that is not.
+        slopes: The largest slope between each two layers; for each unit in a local bound.
+        steepest: The largest slope anywhere between each two layers.
     """
 
     start: Signal
@@ -48,13 +48,13 @@ class Chain(NamedTuple):
 
 
 class _Link(NamedTuple):
-    """An operation that is a layer: of one example, and the same for all along the other axes.
+    """An operation that applies a layer to each example along its other axes.
 
     Attributes:
-        signal: What it is applied to.
+        signal: The operand.
         layer: The layer.
-        inputs: The axes of the signal that hold one example, in the layer's order.
-        outputs: Those of the result.
+        inputs: The axes of the operand that hold one example, in the layer's order.
+        outputs: The same axes of the result.
     """
 
     signal: Signal
@@ -64,7 +64,7 @@ class _Link(NamedTuple):
 
 
 def ending(op: Operation) -> Chain | None:
-    """The longest chain whose last layer is an operation; None unless it is one."""
+    """Find the longest chain that ends in an operation; None if that is no layer."""
     link = _link(op)
     if link is None:
         return None
@@ -81,7 +81,7 @@ def ending(op: Operation) -> Chain | None:
 
 
 def along_units(op: Operation, values: Float[Array, " units"]) -> Float[Array, "*units"]:
-    """Values for the units or channels of a layer, shaped to be broadcast to its result."""
+    """Reshape values for the units or channels of a layer to broadcast with its result."""
     link = _link(op)
     assert link is not None
     return jnp.expand_dims(values, tuple(a for a in range(len(op.shape)) if a != link.outputs[-1]))
@@ -93,7 +93,7 @@ def is_link(op: Operation) -> bool:
 
 
 def last_dense(signal: Signal) -> Operation | None:
-    """The dense layer that a signal is but for a bias."""
+    """The dense layer that computes a value, ignoring biases."""
     while signal.layer is not None and _slope(signal.layer, _SHIFTS) is not None:
         (signal,) = signal.layer.signals
     op = signal.operation
@@ -104,6 +104,8 @@ def last_dense(signal: Signal) -> Operation | None:
 
 
 def _link(op: Operation) -> _Link | None:
+    if not all(math.prod(shape) for shape in (op.shape, *map(np.shape, op.inputs))):
+        return None  # a layer without entries ends a chain: its constant is 0
     return _dense(op) or _convolution(op)
 
 
@@ -134,7 +136,7 @@ def _convolution(op: Operation) -> _Link | None:
     return _Link(signal, convolution(op), *axes)
 
 
-# What is between two layers
+# Between two layers
 
 
 class _Join(NamedTuple):
@@ -143,8 +145,8 @@ class _Join(NamedTuple):
     Attributes:
         before: The first.
         layer: The second, for the units of the first in their order.
-        slope: The largest slope between them; of each unit, where the bound is a local one.
-        steepest: The same for a bound that is not.
+        slope: The largest slope between them; for each unit in a local bound.
+        steepest: The largest slope anywhere.
     """
 
     before: _Link
@@ -194,7 +196,10 @@ def _taking(
     taken: Int[np.ndarray, "examples units"],
     made: Int[np.ndarray, "others outputs"],
 ) -> Layer | None:
-    """A layer for the units of the one before in their order; None if it mixes examples of that."""
+    """The layer with its inputs in the order of the units before it.
+
+    None if one example of it reads several examples of the layer before.
+    """
     numbers = np.empty(made.size, int)
     numbers[made] = np.arange(made.size).reshape(made.shape)
     examples, units = np.divmod(numbers[taken], made.shape[1])

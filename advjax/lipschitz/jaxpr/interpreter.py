@@ -26,13 +26,13 @@ _CALLS = {  # primitives that only call a jaxpr, and the parameter that holds it
 
 
 class Context(NamedTuple):
-    """Where a jaxpr is called, and what is done with its operations.
+    """The handler of a jaxpr's operations, and where the jaxpr is called.
 
     Attributes:
-        apply: From an operation, the shapes and dtypes of its results, and the rule of the
-            registered function that it calls, or None, to its results.
-        label: After the names of the modules around it.
-        source: The line of code that calls it.
+        apply: The handler. It takes an operation, the shapes and dtypes of its results, and the
+            rule of the registered function that it calls, if any, and returns the results.
+        label: The names of the modules around the call.
+        source: The line of code of the call.
     """
 
     apply: Callable[[Operation, Sequence[Any], Rule | None], Sequence[Any]]
@@ -41,7 +41,10 @@ class Context(NamedTuple):
 
 
 def interpret(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -> list[Any]:
-    """The results of a jaxpr, each a `Signal` or, if no argument that is one matters, an array."""
+    """Evaluate a jaxpr on arguments of which some are a `Signal`.
+
+    A result is a `Signal` if it depends on one, and else an array.
+    """
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env |= dict(zip(closed.jaxpr.invars, args, strict=True))
 
@@ -62,7 +65,7 @@ def interpret(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -
 def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
     known = not any(isinstance(x, Signal) for x in inputs)
-    if not eqn.outvars and not known:  # a print, say: nothing of it reaches the output
+    if not eqn.outvars and not known:  # such as a print, which no output depends on
         return []
     function = None if known or name not in _CALLS else function_rule(eqn)
     if name in _CALLS and function is None:
@@ -87,15 +90,15 @@ def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequen
 
 
 def _branch(params: Any, index: int) -> core.ClosedJaxpr:
-    """Which branch of a condition that is known is taken."""
+    """The branch taken by a condition whose index is known."""
     branches, platforms = params["branches"], params.get("branches_platforms")
     if platforms is not None and platforms[-1] is None:
-        return branches[-1]  # what the others compute too, in ways made for a platform each
+        return branches[-1]  # the default, which the others must agree with
     return branches[min(max(index, 0), len(branches) - 1)]
 
 
 def _constants(eqn: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any]:
-    """The results of an operation that the input does not reach."""
+    """The results of an operation that does not depend on the input."""
 
     def evaluate():
         out = eqn.primitive.bind(*inputs, **eqn.params)
@@ -128,7 +131,7 @@ def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
         carries += carry
         rows.append(row)
     rows = rows[::-1] if params["reverse"] else rows
-    # Results that each come from one row, and from nothing else, move as their row does.
+    # If each result depends on one row alone, the rows are independent: their constants do not add.
     shared = [x for x in [*consts, *carries] if isinstance(x, Signal)]
     apart = not shared and sum(isinstance(x, Signal) for x in xs) == 1
     columns = zip(*rows, strict=True)
@@ -138,7 +141,7 @@ def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
 def _row(x: Any, step: int) -> Any:
     if isinstance(x, Signal):
         op = Operation("slice", (x,), {"step": step}, x.shape[1:])
-        # The same constant, computed no more often than once.
+        # Shared with the whole array, so that it is computed once.
         return Signal(x.shape[1:], x.dtype, lambda: x.scaled, op, op, x.reason)
     return x[step]
 

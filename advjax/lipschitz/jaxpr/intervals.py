@@ -63,6 +63,8 @@ def enclosure(  # noqa: PLR0911
         return inputs[0] if jnp.issubdtype(op.params["new_dtype"], jnp.floating) else None
     if op.name == "mul" and len(op.signals) == 2:
         return _between_products(*inputs, same=op.inputs[0] is op.inputs[1])
+    if not hasattr(jax.lax, f"{op.name}_p"):
+        return None
     apply = functools.partial(_apply, op, dtype)
     if op.name in _ORDERED:
         return Interval(*(apply(*(_end(x, end) for x in inputs)) for end in (0, 1)))
