@@ -110,7 +110,7 @@ class Attack:
         """Return the outcome as it stands."""
         return self.method.result(self, state)
 
-    def hoist(self, x: Float[Array, "*shape"]) -> "Attack":
+    def hoist(self, x: Float[Array, "*shape"] | jax.ShapeDtypeStruct) -> "Attack":
         """Return the same attack, on images like `x` alone, with all arrays of the model as leaves.
 
         What the model closes over, as a lambda does over parameters, becomes an argument of the

@@ -22,6 +22,7 @@ from advjax.attacks.ddn import Start
 from advjax.attacks.result import AttackResult, Status, admission, first_that_holds, is_untried
 from advjax.solvers import Solver, SolverState
 from advjax.solvers import Status as SolverStatus
+from advjax.solvers.base import ValueAndGrad
 from advjax.types import Box, LogitsFn
 
 T = TypeVar("T")
@@ -282,11 +283,13 @@ class Search:
         origin: Float[Array, " pixels"],
         target: Int[Array, ""],
         like: Float[Array, "*shape"],
-    ):
+    ) -> ValueAndGrad:
         """The objective of the current sub-problem, with the logits beside its value."""
         logits_fn = _on_flat(attack.logits_fn, like)
 
-        def objective(flat):
+        def objective(
+            flat: Float[Array, " pixels"],
+        ) -> tuple[Float[Array, ""], Float[Array, " classes"]]:
             logits = logits_fn(flat).astype(origin.dtype)
             loss = self.formulation.loss(params, logits, target)
             return self._size(flat, origin, like.shape) + loss, logits
@@ -395,7 +398,7 @@ def _on_flat(logits_fn: LogitsFn, like: Float[Array, "*shape"]) -> LogitsFn:
 
 
 def _flat_box(attack: Attack, like: Float[Array, "*shape"]) -> Box:
-    return Box(*(_flatten(bound) for bound in checks.box(attack.box, like)))
+    return Box(*(_flatten(jnp.asarray(bound)) for bound in checks.box(attack.box, like)))
 
 
 def _flatten(x: Float[Array, "*shape"]) -> Float[Array, " pixels"]:
