@@ -114,7 +114,10 @@ def inside(name: str, x: Any, box: Any) -> None:
     except ValueError:
         return
     with np.errstate(all="ignore"):
-        if not np.all(lower <= upper) or not is_outside(pixels, Box(lower, upper), xp=np):
+        allowed = np.all((lower <= upper) & (lower < np.inf) & (upper > -np.inf))
+        if not allowed or not np.all(np.isfinite(pixels)):
+            return
+        if not is_outside(pixels, Box(lower, upper), xp=np):
             return
     remedy = "pass the box of its pixels as box="
     if lower.min() == 0 and upper.max() == 1 and pixels.min() >= 0:

@@ -17,7 +17,7 @@ COMMANDS = ("report", *EXPERIMENTS)
 
 
 def overview() -> str:
-    """One line for each experiment, read without importing it."""
+    """List the experiments, one line each, without importing them."""
     width = max(map(len, COMMANDS))
     lines = ["python -m experiments NAME [--help]", ""]
     for name in COMMANDS:
@@ -28,7 +28,7 @@ def overview() -> str:
 
 
 def run(args: Sequence[str]) -> int:
-    """Runs what the command line asks for; returns the exit status."""
+    """Run what the command line asks for; return the exit status."""
     if not args or args[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -39,7 +39,10 @@ def run(args: Sequence[str]) -> int:
     try:
         import tyro
     except ImportError:
-        print("The experiments need more: pip install 'advjax[experiments]'.", file=sys.stderr)
+        print(
+            "The experiments need more packages: pip install 'advjax[experiments]'.",
+            file=sys.stderr,
+        )
         return 1
     from experiments.common import measure
 
@@ -63,10 +66,10 @@ def run(args: Sequence[str]) -> int:
 
 
 def use_all_cores() -> None:
-    """A device for each core: attacks on small images keep but one busy each."""
+    """Use one device per core, as an attack on small images keeps only one core busy."""
     import jax
 
-    with contextlib.suppress(RuntimeError):  # as when JAX has computed something already
+    with contextlib.suppress(RuntimeError):  # if JAX is already initialised
         jax.config.update("jax_num_cpu_devices", min(8, os.cpu_count() or 1))
 
 

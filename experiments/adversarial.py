@@ -1,22 +1,22 @@
 """Adversarial training beside dropout (section 4.2; 15 min; MNIST or a sample).
 
-The paper keeps a pool of adversarial examples, a random part of which is replaced all the time,
-and mixes it into the training set; it gained only with a pool for the outputs of each layer, which
-trained the layers above in turn. How large the pools were, how fast they were renewed, their weight
-and their targets it does not tell. Here a pool has 4,000 examples; before each epoch 1,000 of them
-are replaced by training images, or outputs of a layer, that the paper's attack has just moved to
-the likeliest other class for the net as it is, with looser tolerances than by default. Each step
-takes 64 examples from one pool, chosen at random, and weighs their mean loss by 0.05 beside that of
-256 training images. The noise pool has Gaussian noise in place of attacks, not clipped, of the RMS
-that the input pool of the same seed had at the end.
+The paper keeps a pool of adversarial examples, continually replaces a random part of it, and mixes
+it into the training set. It reports a gain only with a pool for the outputs of each layer, which
+trains the layers above. It does not give the size of the pools, how fast they were replaced, their
+weight or their targets. Here a pool has 4,000 examples. Before each epoch 1,000 of them are
+replaced by training images, or outputs of a layer, which the paper's attack (with looser tolerances
+than by default) has just moved to the likeliest other class of the current network. Each step takes
+64 examples from one randomly chosen pool and weighs their mean loss by 0.05 against that of 256
+training images. In the noise pool Gaussian noise replaces the attack, unclipped, with the RMS that
+the input pool of the same seed had at the end.
 
-All arms share the initial parameters and the order of the images within a seed, and the weight
-decay of Table 1's net, but for dropout, which takes a tenth of that and leaves out a fifth of the
-pixels and a tenth of each hidden layer. These numbers were chosen by the error on 10,000 training
-images, with nets trained on the other 50,000 for half as long, mostly of one seed: targets at
-random, larger weights and less weight decay were worse for the pools of the input and of all
-layers, and none of the pools tried was better than weight decay alone. The distortions are those of
-`minimum_norm` on test images towards random classes, the same for all arms of a seed.
+Within a seed all arms share the initial parameters, the order of the images and the weight decay of
+Table 1's network, except for dropout, which uses a tenth of that decay and drops a fifth of the
+pixels and a tenth of each hidden layer. These settings were chosen by the error on 10,000 training
+images, with networks trained half as long on the other 50,000, mostly for one seed. Random targets,
+larger weights and less weight decay were worse for the input pool and for the pools of all layers.
+None of the pools tried beat weight decay alone. The distortions are those of `minimum_norm` on test
+images towards random classes, the same for all arms of a seed.
 """
 
 import dataclasses
@@ -41,9 +41,9 @@ from experiments.common.victims import attack_victims, random_victims
 RECIPE = networks.RECIPES["FC100-100-10"]
 HIDDEN = ("hidden1", "hidden2")
 DROPOUT = (0.2, 0.1, 0.1)
-"""The shares of the image and of each hidden layer's output that are left out."""
+"""The dropout rates of the image and of each hidden layer's output."""
 DROPOUT_DECAY = 0.1
-"""By which the weight decay is multiplied under dropout."""
+"""The factor on the weight decay under dropout."""
 POOL: dict[str, Any] = {"size": 4000, "count": 1000, "batch_size": 64, "weight": 0.05}
 
 PLAIN, DROPPED, NOISE = "weight decay", "dropout", "noise pool"
@@ -63,12 +63,12 @@ POOLS: dict[str, tuple[training.Layer, ...]] = {
     **{f"{name} pool": (_hidden(name),) for name in HIDDEN},
     ALL: (IMAGE, *map(_hidden, HIDDEN)),
 }
-"""The arms of adversarial training, by the places that have pools."""
+"""The arms of adversarial training: which layers have pools."""
 ARMS = (PLAIN, DROPPED, *POOLS, NOISE)
 
 
 class Materials(NamedTuple):
-    """What the nets are trained on: digits, and the pools that each arm mixes with them."""
+    """Digits to train on, and the pools that each arm mixes with them."""
 
     train: data.Dataset
     test: data.Dataset
@@ -76,7 +76,7 @@ class Materials(NamedTuple):
 
     @property
     def splits(self) -> tuple[data.Dataset, ...]:
-        """What is measured on."""
+        """The data sets that are measured on."""
         return self.train, self.test
 
 
@@ -90,7 +90,7 @@ class Options(DigitOptions):
     TRIAL = trial(images=32, seeds=2)
 
     def load(self) -> Materials:  # type: ignore[override]
-        """Loads the digits and makes the pools, once for all seeds: each compiles its attacks."""
+        """Load the digits and make the pools, once for all seeds since each compiles its attack."""
         digits = super().load()
         pools = {arm: self.pools(digits, layers, to_likeliest) for arm, layers in POOLS.items()}
         return Materials(*digits, pools)
@@ -98,7 +98,7 @@ class Options(DigitOptions):
     def pools(
         self, digits: Digits | Materials, layers: Sequence[training.Layer], distort: Any
     ) -> training.AuxiliaryLoss:
-        """Pools at some layers, filled by a function."""
+        """Pools for some layers, filled by `distort`."""
         return training.adversarial_pools(
             jnp.asarray(digits.train.images),
             digits.train.labels,
@@ -109,7 +109,7 @@ class Options(DigitOptions):
 
 
 def measure(options: Options, digits: Materials, seed: int) -> Row:
-    """The errors and the distortions of each arm."""
+    """Train every arm, and measure its errors and distortions."""
     chosen = random_victims(jax.random.key(seed), digits.test, options.images)
     rows: dict[str, Row] = {}
     for arm in ARMS:
@@ -126,12 +126,12 @@ def measure(options: Options, digits: Materials, seed: int) -> Row:
         start = time.monotonic()
         fitted = fit(jax.random.key(seed), digits.train, steps=options.steps, **how)
         minutes = (time.monotonic() - start) / 60
-        net = networks.Network(arm, RECIPE.model, fitted.params)
-        result = attack_victims(attacks.minimum_norm(net.logits_fn), chosen, arm)
+        network = networks.Network(arm, RECIPE.model, fitted.params)
+        result = attack_victims(attacks.minimum_norm(network.logits_fn), chosen, arm)
         rows[arm] = {
             "arm": arm,
-            "train_error": metrics.error_rate(net.logits_fn, *digits.train[:2]),
-            "test_error": metrics.error_rate(net.logits_fn, *digits.test[:2]),
+            "train_error": metrics.error_rate(network.logits_fn, *digits.train[:2]),
+            "test_error": metrics.error_rate(network.logits_fn, *digits.test[:2]),
             "distortion": float(result.distortion.mean()),
             "success": float(result.success.mean()),
             "pools": [float(pool.distortion.mean()) for pool in fitted.auxiliary or ()],
@@ -141,27 +141,11 @@ def measure(options: Options, digits: Materials, seed: int) -> Row:
 
 
 def fit(
-    key: Key[Array, ""],
-    train: data.Dataset,
-    *,
-    steps: int | None = None,
-    apply: Any = RECIPE.model.apply,
-    decay: float = 1.0,
-    **options: Any,
+    key: Key[Array, ""], train: data.Dataset, *, decay: float = 1.0, **options: Any
 ) -> training.FitResult:
-    """Trains as `networks.train` does with the same key, but for the options."""
-    init_key, order_key = jax.random.split(key)
-    return networks.fit(
-        RECIPE,
-        apply,
-        RECIPE.model.init(init_key, train.images[0]),
-        train.images,
-        train.labels,
-        key=order_key,
-        steps=steps,
-        penalty=training.weight_decay([decay * weight for weight in RECIPE.weight_decay]),
-        **options,
-    )
+    """Train as `networks.train` does with the same key, except for the options."""
+    penalty = training.weight_decay([decay * weight for weight in RECIPE.weight_decay])
+    return networks.fit_from_scratch(key, RECIPE, train, penalty=penalty, **options)
 
 
 def thinned(
@@ -182,7 +166,7 @@ def thinned(
 
 
 def to_likeliest(key: Any, logits_fn: Any, x: Array, label: Array) -> Array:
-    """An example moved just over the boundary to the likeliest other class."""
+    """Move an example just across the boundary to the likeliest other class."""
     del key
     attack = attacks.lbfgs(logits_fn, tol=0.1, rtol=0.05, max_evals=60)
     result = attacks.untargeted(attack, k=1)(x, label)
@@ -190,13 +174,13 @@ def to_likeliest(key: Any, logits_fn: Any, x: Array, label: Array) -> Array:
 
 
 def noisy(key: Any, logits_fn: Any, x: Array, label: Array, *, rms: float) -> Array:
-    """An example under Gaussian noise."""
+    """Add Gaussian noise to an example."""
     del logits_fn, label
     return transfer.gaussian(key, x, rms)
 
 
 def describe(content: Content) -> str:
-    """Errors and distortions of each arm, and both less those of weight decay."""
+    """Errors and distortions of each arm, and their differences to weight decay."""
     found = grouped(content, "arm")
     measured = markdown.table(
         [
@@ -223,15 +207,15 @@ def describe(content: Content) -> str:
 {measured}
 
 The distortion is the mean of `minimum_norm` over {content["config"]["images"]:,} test images
-towards random classes, and the minutes those of training.
+towards random classes; the minutes are those of training.
 
-The same less those of weight decay, seed by seed:
+Differences to weight decay, paired by seed:
 
 {differences}"""
 
 
 def claims(content: Content) -> list[Claim]:
-    """Pools for all layers gain, one for the input does not, and higher ones gain more."""
+    """Pools for all layers help, one for the input does not, and higher layers help more."""
     found = grouped(content, "arm")
 
     def error(arm: str) -> str:
@@ -255,7 +239,7 @@ def claims(content: Content) -> list[Claim]:
             verdict(gained),
         ),
         Claim(
-            "A pool for the input alone does not gain; pools for all layers do",
+            "A pool for the input alone does not help; pools for all layers do",
             "stated",
             f"against weight decay, in points: {_listed({INPUT: alone, ALL: rivals[PLAIN]}, 2)}",
             verdict([not _below(alone), gained[0]]) if gained[0] else "does not hold",
@@ -268,9 +252,9 @@ def claims(content: Content) -> list[Claim]:
             verdict([_below(higher), _below(single["hidden2 pool"])]),
         ),
         Claim(
-            "Adversarial training makes a net more robust",
+            "Adversarial training makes a network more robust",
             "not measured",
-            f"mean minimum distortion, more than weight decay's by {_listed(robust, 4)}",
+            f"mean minimum distortion, compared with weight decay: {_listed(robust, 4)}",
             verdict(further),
         ),
     ]
@@ -282,12 +266,12 @@ def _rms_of_pools(rows: Sequence[Row]) -> str:
 
 
 def _points(found: dict[str, list[Row]], arm: str, other: str) -> statistics.Estimate:
-    """The test error of one arm less that of the other, in percentage points."""
+    """The difference between the test errors of two arms, in percentage points."""
     return _difference(found, arm, other, "test_error", scale=100)
 
 
 def _below(difference: statistics.Estimate) -> bool:
-    """Whether a difference is shown to be below 0; of one seed nothing is."""
+    """Whether a difference is significantly below 0; with one seed none is."""
     return bool(difference.high < 0)
 
 
@@ -301,6 +285,6 @@ def _listed(differences: dict[str, statistics.Estimate], digits: int) -> str:
 def _difference(
     found: dict[str, list[Row]], arm: str, other: str, what: str, *, scale: float = 1
 ) -> statistics.Estimate:
-    """One arm's less the other's, paired by seed."""
+    """The difference between two arms, paired by seed."""
     pairs = zip(found[arm], found[other], strict=True)
     return statistics.mean([scale * (row[what] - beside[what]) for row, beside in pairs])

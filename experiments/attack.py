@@ -1,8 +1,8 @@
 """Attacks many images, and resumes if stopped (no figure; 1 min; MNIST or a sample).
 
-The images that the net gets right are attacked with both attacks, each towards a fixed other class,
-on all devices. Finished images are kept in the folder as they come, so that the same command goes
-on after a kill, and ends in what it would have come to without.
+The images that the network gets right are attacked with both attacks, each towards a fixed other
+class, on all devices. Finished images are saved as they come, so that the same command resumes
+after a kill and ends with the results of an uninterrupted run.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(DigitOptions):
-    """Attacks test images of one net, durably."""
+    """Attacks test images of one network; resumes if stopped."""
 
     out: Path = Path("results/attack")
-    net: str = "FC100-100-10"
-    """The net to attack, by the paper's name."""
+    network: str = "FC100-100-10"
+    """The network to attack, by the paper's name."""
     images: int = 2000
     """How many test images."""
     TRIAL = trial(images=64)
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """What each attack comes to, and its result for every image."""
+    """Run each attack; keep its result for every image."""
     key = jax.random.key(seed)
-    victim = networks.load_or_train(key, options.net, digits.train, steps=options.steps)
+    victim = networks.load_or_train(key, options.network, digits.train, steps=options.steps)
     chosen = victims(victim, digits.test, options.images)
     rows, found = [], {"test_images": chosen.indices, "targets": chosen.targets}
     for make in ATTACKS:
@@ -71,8 +71,8 @@ def describe(content: Content) -> str:
         for row in run["rows"]
     )
     return f"""\
-{content["config"]["net"]}, {run["images"]} test images that it gets right:
+{content["config"]["network"]}, {run["images"]} test images that it gets right:
 
 {rows}
 
-attack.npz has the result of each attack for every image, with its place and target."""
+attack.npz holds the result of each attack for every image, with its index and target."""

@@ -1,17 +1,19 @@
-"""Ours against the field: gap, evaluations, time (figure; 2 min; MNIST or a sample).
+"""Our attacks against others: gap, evaluations, time (figure; 2 min; MNIST or a sample).
 
-Every way of attacking takes the same images of the same net to the same targets, in one run: both
-of our attacks; the paper's with jaxopt's L-BFGS-B as the solver, guarded, in one batch and one
+All methods attack the same images of the same network towards the same targets, in one run: our two
+attacks; the paper's attack with jaxopt's L-BFGS-B as the solver, guarded, in one batch and one
 image at a time; a SciPy loop that bisects c; and with `--peers`, 20 minutes more, foolbox's
-Carlini-Wagner, Brendel-Bethge and DDN. Compilation is left out.
+Carlini-Wagner, Brendel-Bethge and DDN. Compilation is not counted.
 
-"In float64": the images that are adversarial still when the net is evaluated in float64; those of
-Brendel-Bethge lie on the boundary to the last digit of float32. The gap is the mean excess over the
-least distortion that any attack of the run found for an image. The last column sets the time beside
-that of the evaluations alone, as plain batched gradients: 1 would be a solver that costs nothing.
+"In float64" is the fraction of images that are still adversarial when the network is evaluated in
+float64; those of Brendel-Bethge lie on the boundary to the last digit of float32. The gap is the
+mean excess over the smallest distortion that any attack of the run found for an image. The last
+column divides the time by that of the evaluations alone, as plain batched gradients; 1 would be a
+solver that costs nothing.
 
-Expected: `minimum_norm` at a gap of hundredths of a percent in some 25 evaluations, where
-Carlini-Wagner takes tens of thousands; both of ours at least 10 times as fast as the rest.
+Expected: `minimum_norm` has a gap of hundredths of a percent after some 25 evaluations, where
+Carlini-Wagner takes tens of thousands; both of our attacks are at least 10 times as fast as the
+rest.
 """
 
 import dataclasses
@@ -34,7 +36,7 @@ from experiments.common.timing import BATCH_SIZE, time_of_a_gradient, timed, vma
 from experiments.common.victims import victims
 
 ONE_BY_ONE = "lbfgs, jaxopt, one by one"
-# In the figure: the colour, and where the label stands.
+# In the figure: the colour, and the position of the label.
 _LEFT = {"xytext": (-7, 0), "ha": "right", "va": "center"}
 _RIGHT = {"xytext": (7, 0), "ha": "left", "va": "center"}
 _ABOVE = {"xytext": (0, 7), "ha": "center", "va": "bottom"}
@@ -48,27 +50,27 @@ LOOKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(DigitOptions):
-    """Times the attacks on one net, and counts what they take."""
+    """Times the attacks on one network, and counts their evaluations."""
 
-    net: str = "FC100-100-10"
-    """The net to attack, by the paper's name."""
+    network: str = "FC100-100-10"
+    """The network to attack, by the paper's name."""
     images: int = 2000
-    """How many test images our attacks take; all others take the first 50."""
+    """The number of test images for our attacks; the others get the first 50."""
     peers: bool = False
     """Run foolbox's attacks too."""
     TRIAL = trial(images=8)
 
     def load(self) -> Digits:
-        """Loads the digits."""
+        """Load the digits, once the packages are known to be there."""
         if self.peers:
-            foolbox_peers.require("foolbox", "numba")  # which foolbox does not declare
+            foolbox_peers.require("foolbox", "numba")  # foolbox needs numba without declaring it
         return super().load()
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """What each way of attacking comes to."""
+    """Run and compare all methods."""
     key = jax.random.key(seed)
-    victim = networks.load_or_train(key, options.net, digits.train, steps=options.steps)
+    victim = networks.load_or_train(key, options.network, digits.train, steps=options.steps)
     few = 2 if options.quick else min(50, options.images)
     right = victims(victim, digits.test)
     xs, targets = right.images[: options.images], right.targets[: options.images]
@@ -96,21 +98,21 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
 # --- the ways of attacking -------------------------------------------------------------------
 
 
-def our_ways(net: networks.Network, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
+def our_ways(network: networks.Network, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
     """Both of our attacks."""
     return [
-        Way(make.__name__, "advjax", functools.partial(many, make(net.logits_fn), xs, targets))
+        Way(make.__name__, "advjax", functools.partial(many, make(network.logits_fn), xs, targets))
         for make in (attacks.minimum_norm, attacks.lbfgs)
     ]
 
 
-def slow_ways(net: networks.Network, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
-    """The paper's attack with the solvers of others."""
-    given = attacks.lbfgs(net.logits_fn, solver=solvers.jaxopt_lbfgsb()), xs, targets
+def slow_ways(network: networks.Network, xs: np.ndarray, targets: np.ndarray) -> list[Way]:
+    """The paper's attack with other solvers."""
+    given = attacks.lbfgs(network.logits_fn, solver=solvers.jaxopt_lbfgsb()), xs, targets
     return [
         Way("lbfgs, jaxopt", "jaxopt", functools.partial(batched, *given)),
         Way(ONE_BY_ONE, "jaxopt", functools.partial(one_by_one, *given)),
-        Way("lbfgs, SciPy loop", "SciPy", functools.partial(scipy_loop, net, xs, targets)),
+        Way("lbfgs, SciPy loop", "SciPy", functools.partial(scipy_loop, network, xs, targets)),
     ]
 
 
@@ -138,10 +140,10 @@ def one_by_one(attack: attacks.Attack, xs: np.ndarray, targets: np.ndarray) -> O
     return _outcome(jax.tree.map(lambda *leaves: np.stack(leaves), *found), seconds / len(xs))
 
 
-def scipy_loop(net: networks.Network, xs: np.ndarray, targets: np.ndarray) -> Outcome:
-    """SciPy's L-BFGS-B, one image after the other, in float64, where it needs fewest steps."""
+def scipy_loop(network: networks.Network, xs: np.ndarray, targets: np.ndarray) -> Outcome:
+    """SciPy's L-BFGS-B, image by image, in float64, where it needs the fewest steps."""
     with jax.enable_x64(True):
-        attack = scipy_lbfgs(_in_double(net))
+        attack = scipy_lbfgs(_in_double(network))
         attack(xs[0], int(targets[0]))
         start = time.perf_counter()
         found = [attack(x, int(target)) for x, target in zip(xs, targets, strict=True)]
@@ -159,19 +161,19 @@ def scipy_loop(net: networks.Network, xs: np.ndarray, targets: np.ndarray) -> Ou
 
 def compare(
     outcomes: Sequence[tuple[Way, Outcome]],
-    net: networks.Network,
+    network: networks.Network,
     xs: np.ndarray,
     targets: np.ndarray,
     *,
     gradient: float,
 ) -> list[Row]:
-    """One row for each way of attacking.
+    """One row for each method.
 
-    Distortion and gap are means over those of the first images, which all ways took, that this one
-    had success with; the rest is about all the images that it took.
+    Distortion and gap are means over the images on which the method succeeded, among the first
+    ones, which all methods attacked. The other entries are over all the images that it attacked.
     """
     few = min(len(outcome.success) for _, outcome in outcomes)
-    measured = [verify(net, xs, targets, outcome.x_adv) for _, outcome in outcomes]
+    measured = [verify(network, xs, targets, outcome.x_adv) for _, outcome in outcomes]
     distortions = np.stack(
         [
             np.where(outcome.success, distortion, np.inf)[:few]
@@ -204,24 +206,24 @@ def compare(
 
 
 def verify(
-    net: networks.Network, xs: np.ndarray, targets: np.ndarray, x_adv: np.ndarray
+    network: networks.Network, xs: np.ndarray, targets: np.ndarray, x_adv: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the net in float64 too gives the images their targets, and their distortions."""
+    """Whether the network predicts the targets in float64 too, and the distortions."""
     n = len(x_adv)
     with jax.enable_x64(True):
         x, inside = (jnp.asarray(array, jnp.float64) for array in (xs[:n], np.clip(x_adv, 0, 1)))
-        logits = jax.vmap(_in_double(net))(inside)
+        logits = jax.vmap(_in_double(network))(inside)
         distortions = jax.vmap(metrics.distortion)(x, inside)
     return np.argmax(logits, axis=1) == targets[:n], np.asarray(distortions)
 
 
 def describe(content: Content) -> str:
-    """A line for each way of attacking; `slower` is beside the first of them."""
+    """A line for each method; "slower" is relative to the first one."""
     run, config = content["runs"][0], content["config"]
     return f"""\
-{config["net"]}, {run["rows"][0]["images"]} test images, of which all but our attacks took the first
-{run["images_compared"]}: distortion and gap are over those. A gradient in a batch takes
-{run["microseconds_a_gradient"]:.1f} us an image.
+{config["network"]}, {run["rows"][0]["images"]} test images for our attacks. The others attacked the
+first {run["images_compared"]}, over which distortion and gap are taken. A batched gradient takes
+{run["microseconds_a_gradient"]:.1f} us per image.
 
 {table(run["rows"])}
 
@@ -229,7 +231,7 @@ def describe(content: Content) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text."""
+    """A line for each method."""
     return markdown.table(
         [
             ("attack", row["attack"]),
@@ -248,19 +250,19 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
-    """The gap against the evaluations, of the ways that had success with every image."""
+    """The gap against the evaluations, for the methods that succeeded on every image."""
     del arrays
     run, config = content["runs"][0], content["config"]
     rows = run["rows"]
-    title = f"{config['net']} on {config['dataset'].upper()}, {run['images_compared']} images"
+    title = f"{config['network']} on {config['dataset'].upper()}, {run['images_compared']} images"
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(
         title=title,
-        xlabel="gradient evaluations an image",
+        xlabel="gradient evaluations per image",
         ylabel="distortion above the best known, %",
     )
     for row in rows:
-        if row["success"] < 1 or row["attack"] == ONE_BY_ONE:  # at the point of its batch
+        if row["success"] < 1 or row["attack"] == ONE_BY_ONE:  # coincides with its batched form
             continue
         color, label = LOOKS[row["by"]]
         point = row["evaluations"], 100 * row["gap"]
@@ -270,7 +272,7 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
         axes.plot([], [], "o", color=LOOKS[by][0], label=by)
     axes.legend(loc="lower right", frameon=False)
     axes.set_xscale("log")
-    axes.set_yscale("symlog", linthresh=0.01)  # whoever is nearest for every image has 0
+    axes.set_yscale("symlog", linthresh=0.01)  # the gap of the best method may be 0
     left, right = axes.get_xlim()
     axes.set_xlim(left / 5, 10 * right)
     axes.set_ylim(-0.002, 2 * axes.get_ylim()[1])
@@ -281,9 +283,9 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
     return {"benchmark.png": figure}
 
 
-def _in_double(net: networks.Network) -> jax.tree_util.Partial:
-    double = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), net.params)
-    return jax.tree_util.Partial(net.model.apply, double)
+def _in_double(network: networks.Network) -> jax.tree_util.Partial:
+    double = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), network.params)
+    return jax.tree_util.Partial(network.model.apply, double)
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -1,14 +1,14 @@
-"""The images farthest along units and directions (figure 1; 3 min; MNIST or a sample).
+"""The images farthest along units and directions (figures 1, 2; 3 min; MNIST or a sample).
 
-A convolutional net, of which the paper tells no more, and its last hidden layer after the ReLU. For
-the first four units (figure 1) and the first four directions of a random draw, uniform on the
-sphere (figure 2), the ten test images with the largest inner product; nobody picks. A unit counts
-if it is above its least value on ten images or more: of a dead one the ten would be any. Centring
-the features would change no ranking.
+The network is convolutional; the paper says no more about it. The features are those of its last
+hidden layer after the ReLU. For the first four units (figure 1) and the first four directions drawn
+uniformly from the sphere (figure 2) we show the ten test images with the largest inner product,
+without selection. A unit counts if it exceeds its minimum on at least ten images: for a dead unit
+any ten images would do. Centring the features would not change a ranking.
 
-The paper judges by eye. The label purity of a row, the share of its commonest class, is printed
-beside, and its mean over all units, as many random directions, and as many sets of ten images at
-random. Whether units and directions differ is asked by the rotation test.
+The paper judges by eye. We also print the label purity of each row, which is the fraction of its
+most common class, and its mean over all units, over as many random directions, and over as many
+random sets of ten images. The rotation test asks whether units and directions differ.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from experiments.common.measure import Arrays, Content, Row
 from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.units import TOP, alive, draw_rows, features
 
-NET = "ConvNet"
+NETWORK = "ConvNet"
 LAYER = "hidden1"
 SHOWN = 4
 
@@ -39,11 +39,11 @@ class Options(DigitOptions):
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """What is at the ends of units and of directions, and how much of it is of one class."""
+    """Find the images farthest along units and directions, and the purity of their classes."""
     key = jax.random.key(seed)
-    net = networks.load_or_train(key, NET, digits.train, steps=options.steps)
+    network = networks.load_or_train(key, NETWORK, digits.train, steps=options.steps)
     test = digits.test
-    phi = features(net, LAYER, test.images)
+    phi = features(network, LAYER, test.images)
     counted = np.flatnonzero(alive(phi))
     m, (n, d) = len(counted), phi.shape
     direction_key, set_key = jax.random.split(jax.random.fold_in(key, 2))
@@ -71,7 +71,7 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
     }
     shown = {kind: test.images[[row["indices"] for row in some]] for kind, some in rows.items()}
     return {
-        "test_error": metrics.error_rate(net.logits_fn, test.images, test.labels),
+        "test_error": metrics.error_rate(network.logits_fn, test.images, test.labels),
         "alive": m,
         "units_in_all": d,
         "purity": {
@@ -115,8 +115,8 @@ Figure 2, the first random directions:
 
 {shown}
 
-Test error: {errors} %. Units that count: {live}. The mean over all of them, over as many
-directions, and over as many sets:
+Test error: {errors} %. Units that count: {live}. The mean purity over all of them, over as many
+directions, and over as many random sets:
 
 {means}"""
 
@@ -132,7 +132,7 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
 
 
 def claims(content: Content) -> list[Claim]:
-    """That the images along a random direction have something in common."""
+    """The images along a random direction have something in common."""
     purities = {
         kind: [run["purity"][kind] for run in content["runs"]]
         for kind in content["runs"][0]["purity"]
@@ -143,7 +143,7 @@ def claims(content: Content) -> list[Claim]:
             "The images farthest along a random direction have something in common, as those of a "
             "unit have",
             "seen in Figures 1 to 4",
-            "the ten are of one class to "
+            "purity of the ten: "
             + ", ".join(
                 f"{markdown.percent(statistics.mean(some), 1)} ({kind})"
                 for kind, some in purities.items()

@@ -1,18 +1,18 @@
-"""Photographs that excite units of a large net most (figure 3; 1 min; photographs).
+"""Photographs that excite units of a large network most (figure 3; 1 min; photographs).
 
-The paper shows the validation images of ImageNet that go farthest along units of AlexNet. Here the
-layer is the last hidden one of EfficientNet-Lite0, 1,280 units after the ReLU6, each averaged over
-the pixels. Of photographs there are few, unless a folder of others is given. They are widened to 14
-views of each: the square in the middle, and four and nine overlapping crops of it, magnified by 9/7
-and 12/7. Most views show the same thing as others, so they do not stand for as many photographs.
+The paper shows the ImageNet validation images that go farthest along units of AlexNet. Here the
+layer is the last hidden one of EfficientNet-Lite0: 1,280 units after the ReLU6, averaged over the
+pixels. There are few photographs unless a folder of others is given, so each is expanded to 14
+views: the central square, and four and nine overlapping crops of it, magnified by 9/7 and 12/7.
+Most views of a photograph show the same thing, so they do not count as independent photographs.
 
-For the first four units that count, the figure has the six photographs that go farthest, each by
-its best view; nobody picks. A unit counts if it is above its least value on ten views or more. The
-ten views that go farthest, whatever the photographs, are judged by their purity, the share of the
-photograph that has the most of them: how far a unit tells one photograph, in whatever crop, from
-the others. It cannot say whether a unit means anything that two photographs share: for that, look.
+For the first four units that count, the figure shows the six photographs that go farthest, each by
+its best view, without selection. A unit counts if it exceeds its minimum on at least ten views. The
+ten farthest views, of whichever photographs, are judged by their purity, the fraction that belongs
+to the most frequent photograph. This measures how well a unit separates one photograph, in any
+crop, from the others. It cannot say whether a unit responds to something that two photographs
+share; for that, look at the figure.
 """
-
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -43,12 +43,12 @@ class Options(PhotographOptions):
     """Draws the photographs that go farthest along single units."""
 
     def load(self) -> Views:
-        """Loads and cuts the photographs; of a trial eight, shrunk."""
+        """Load the photographs and crop them; eight small ones in a trial."""
         return load_views(self.folder, quick=self.quick)
 
 
 def measure(options: Options, views: Views, seed: int) -> Row:
-    """What is at the ends of units, and how much of it is of one photograph."""
+    """Find the views farthest along units, and the purity of their photographs."""
     phi = pooled_features(load_network(), views.images, (LAYER,))[LAYER]
     counted = np.flatnonzero(alive(flat(phi)))
     random = np.random.default_rng(seed)
@@ -71,17 +71,17 @@ def measure(options: Options, views: Views, seed: int) -> Row:
 
 
 def describe(content: Content) -> str:
-    """The figure, what is in it, and the mean purity of all units."""
+    """The figure, its contents, and the mean purity of all units."""
     (run,) = content["runs"]
     return f"""\
 ![Six photographs for each of four units](figure3.png)
 
 {table_of_views(run["rows"])}
 
-"Of one" is the purity of the ten views that go farthest. Its mean over the {run["alive"]:,} units
-that count, of {run["units_in_all"]:,}, is {markdown.percent(run["purity"], 1)}; of as many sets of
-ten views at random, {markdown.percent(run["at_random"], 1)}. On average the ten are of
-{run["different"]:.1f} photographs of the {run["photographs"]}, of each of which there are
+"Of one" is the purity of the ten views that go farthest. Its mean over the {run["alive"]:,} of
+{run["units_in_all"]:,} units that count is {markdown.percent(run["purity"], 1)}; over as many
+random sets of ten views it is {markdown.percent(run["at_random"], 1)}. On average the ten views
+show {run["different"]:.1f} of the {run["photographs"]} photographs, each of which has
 {run["views"]} views."""
 
 
@@ -91,14 +91,14 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
 
 
 def claims(content: Content) -> list[Claim]:
-    """That the images along a unit have something in common: seen of crops alone."""
+    """The images along a unit have something in common, as far as crops show."""
     (run,) = content["runs"]
     return [
         Claim(
-            "The images farthest along a unit of a net of ImageNet have something in common",
+            "The images farthest along a unit of an ImageNet network have something in common",
             "Figure 3, by eye",
             f"of the ten views of {run['photographs']} photographs that go farthest along a unit, "
-            f"{markdown.percent(run['purity'], 1)} are of one photograph, at random "
+            f"{markdown.percent(run['purity'], 1)} show the same one, at random "
             f"{markdown.percent(run['at_random'], 1)}; what different photographs share is left to "
             "the eye",
             "holds in part" if run["purity"] > run["at_random"] else "does not hold",

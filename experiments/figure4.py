@@ -1,23 +1,23 @@
 """Photographs along random directions, and rotations (figure 4; 2 min; photographs).
 
-The net, the layer, the photographs and their views are those of figure 3; the directions are
-uniform on the sphere, as many as there are units that count, in their space. The first four of the
-first seed are drawn; nobody picks.
+The network, the layer, the photographs and their views are those of figure 3. The directions are
+drawn uniformly from the sphere in the space of the units that count, as many as there are units.
+The first four of the first seed are shown, without selection.
 
-Whether units differ from directions is asked by the rotation test, of the purity of the ten views
-that go farthest: the share of the photograph that has the most of them. T is its mean over the
-units of a basis, and rotations of the centred features, drawn uniformly, give the T of random
-bases of the same space. The purity of units less that of random bases is the effect. Rotations of
-all units would take an hour: so each seed takes 256 of them, other ones than any other seed, and
-draws the rotations anew. The same is asked of the 112 channels of an inner layer, averaged over the
-pixels (with one seed, as they are the same for all); of the last hidden layer of a net that was not
-trained; and of noise, along which the ten views are any.
+The rotation test asks whether units differ from directions, by the purity of the ten views that go
+farthest: the fraction that belongs to the most frequent photograph. T is its mean over the units of
+a basis. Uniformly drawn rotations of the centred features give the T of random bases of the same
+space, and the effect is the purity of the units minus that of random bases. Rotating all units
+would take an hour, so each seed takes its own 256 units and its own rotations. The same is asked of
+the 112 channels of an inner layer, averaged over the pixels (for one seed, since they are the same
+for all); of the last hidden layer of an untrained network; and of noise, for which the ten views
+are arbitrary.
 
-The seeds differ by their units alone: the net and the photographs are the same, so that intervals
-over them say how far other units of this net would do the same on these photographs, and not on
-others. That T is within the range of the rotations is no evidence of "no distinction"; two
-one-sided t-tests over the seeds ask whether the effect is shown to be less than 0.05 either way,
-half a view in ten.
+The seeds differ only in their units: the network and the photographs are the same. Intervals over
+seeds therefore say how other units of this network would do on these photographs, not on others. A
+T within the range of the rotations is no evidence of "no distinction": two one-sided t-tests over
+the seeds ask whether the effect is shown to be smaller than 0.05 in either direction, half a view
+in ten.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ from experiments.common.units import (
     MARGIN,
     TOP,
     alive,
+    as_row,
     cells,
     equivalence,
-    in_numbers,
     outside,
 )
 from experiments.common.views import (
@@ -61,16 +61,16 @@ from experiments.common.views import (
 
 INNER = "block11"
 UNITS = 256
-"""How many a seed rotates."""
+"""How many units a seed rotates."""
 TESTED = f"{LAYER}, units"
-"""The case that the paper speaks of."""
+"""The case that the paper is about."""
 UNTRAINED = f"{LAYER}, untrained"
 
 Features = Float[Array, "photographs views units"]
 
 
 class Materials(NamedTuple):
-    """The views, and what two layers of the net, and of one that was not trained, make of them."""
+    """Views of photographs, and their features in a trained and an untrained network."""
 
     views: Views
     trained: dict[str, Features]
@@ -78,7 +78,7 @@ class Materials(NamedTuple):
 
     @property
     def splits(self) -> tuple[data.Dataset, ...]:
-        """What is measured on."""
+        """The data sets that are measured on."""
         return self.views.splits
 
 
@@ -89,21 +89,22 @@ class Options(PhotographOptions):
     rotations: int = 199
     """How many random bases to compare the units with."""
     seeds: int = 5
-    """How many draws of directions, and parts of the units."""
+    """How many times to draw directions and to take other units."""
     TRIAL = trial(seeds=2, rotations=19)
 
     def load(self) -> Materials:
-        """Loads and cuts the photographs, of a trial eight, shrunk; and computes the features."""
+        """Load and crop the photographs, eight small ones in a trial, and compute the features."""
         views = load_views(self.folder, quick=self.quick)
-        net = load_network()
+        network = load_network()
         trained, untrained = (
-            pooled_features(one, views.images, (LAYER, INNER)) for one in (net, _untrained(net))
+            pooled_features(one, views.images, (LAYER, INNER))
+            for one in (network, _untrained(network))
         )
         return Materials(views, trained, untrained)
 
 
 def measure(options: Options, materials: Materials, seed: int) -> Row:
-    """What is at the ends of directions, and the rotation test of each case."""
+    """Find the views farthest along directions, and run the rotation test for each case."""
     key = jax.random.fold_in(jax.random.key(seed), 4)
     direction_key, noise_key, test_key = jax.random.split(key, 3)
     phi = materials.trained[LAYER]
@@ -136,14 +137,14 @@ def measure(options: Options, materials: Materials, seed: int) -> Row:
     }
 
 
-def _untrained(net: networks.Network) -> networks.Network:
-    """The same net with parameters as it is initialised with."""
+def _untrained(network: networks.Network) -> networks.Network:
+    """The same network with its initial parameters."""
     image = jnp.zeros((32, 32, 3))
-    return net._replace(params=jax.jit(net.model.init)(jax.random.key(0), image))
+    return network._replace(params=jax.jit(network.model.init)(jax.random.key(0), image))
 
 
 def _part(phi: Float[Array, "n units"], seed: int, seeds: int) -> Float[Array, "n part"]:
-    """The units that a seed rotates, of those that count: other ones than those of other seeds."""
+    """The units that a seed rotates: its own part of those that count."""
     counted = np.random.default_rng(0).permutation(np.flatnonzero(alive(phi)))
     return phi[:, np.array_split(counted, seeds)[seed][:UNITS]]
 
@@ -158,9 +159,9 @@ def _test(
     photographs: np.ndarray,
     rotations: int,
 ) -> Row:
-    """The purity of units beside that of random bases."""
+    """Compare the purity of units with that of random bases."""
     found = units.rotation_test(key, phi, photographs, k=TOP, rotations=rotations).purity
-    return {"units": phi.shape[1], **in_numbers(found)}
+    return {"units": phi.shape[1], **as_row(found)}
 
 
 def describe(content: Content) -> str:
@@ -183,7 +184,7 @@ def describe(content: Content) -> str:
 {table_of_views(first["rows"])}
 
 "Of one" is the purity of the ten views that go farthest. Its mean over random directions is
-{along}; over all units that count, {markdown.percent(first["units"], 1)}. There are
+{along}; over all units that count it is {markdown.percent(first["units"], 1)}. There are
 {first["photographs"]} photographs, with {first["views"]} views of each.
 
 The rotation test. The last column tests whether the effect is within ±{MARGIN:g}:
@@ -192,7 +193,7 @@ The rotation test. The last column tests whether the effect is within ±{MARGIN:
 
 
 def _by_case(content: Content) -> dict[str, list[Row]]:
-    """What the seeds found of each case, of those that have it."""
+    """The results of each case, for the seeds that have it."""
     cases: dict[str, list[Row]] = {}
     for run in content["runs"]:
         for name, found in run["tests"].items():
@@ -210,7 +211,7 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
 
 
 def claims(content: Content) -> list[Claim]:
-    """Claim 1 on photographs: directions do as well as units, as far as crops of a few can tell."""
+    """Directions do as well as units, as far as crops of a few photographs can tell."""
     runs = content["runs"]
     cases = _by_case(content)
     found = cases[TESTED]
@@ -222,19 +223,19 @@ def claims(content: Content) -> list[Claim]:
     few = f"with {runs[0]['views']} views of each of {runs[0]['photographs']} photographs"
     return [
         Claim(
-            "The images farthest along a random direction of a net of ImageNet have something in "
+            "The images farthest along a random direction of an ImageNet network have something in "
             "common",
             "Figure 4, by eye",
-            f"{few}, {markdown.percent(statistics.mean(purities), 1)} of the ten views are of one "
-            f"photograph, along noise {markdown.percent(at_random, 1)}; what different photographs "
-            "share is left to the eye",
+            f"{few}, {markdown.percent(statistics.mean(purities), 1)} of the ten views show the "
+            f"same photograph, along noise {markdown.percent(at_random, 1)}; what different "
+            "photographs share is left to the eye",
             "holds in part" if min(purities) > at_random else "does not hold",
         ),
         Claim(
-            "No distinction between units and random directions in a net of ImageNet",
+            "No distinction between units and random directions in an ImageNet network",
             "by eye, Figures 3 and 4",
-            f"{few}, the purity of units less that of random bases is {_effect(found)}, of a net "
-            f"that was not trained {_effect(cases[UNTRAINED])}; {differ} of {len(found)} sets of "
+            f"{few}, the purity of units minus that of random bases is {_effect(found)}, for an "
+            f"untrained network {_effect(cases[UNTRAINED])}; {differ} of {len(found)} sets of "
             "units are outside the middle 95 % of the rotations; the effect is "
             f"{'' if equivalent else 'not '}shown to be within ±{MARGIN:g}; of other photographs "
             "this says nothing",

@@ -1,23 +1,22 @@
 """Photographs that become ostriches (figure 5; 20 min; photographs).
 
-Every photograph that EfficientNet-Lite0 gets right is distorted until it is an "ostrich, Struthio
-camelus" for it, in the box of its pixels: by the paper's attack, and by `minimum_norm` from the
-photograph itself and from where a walk of normalised gradients leads (`attacks.decoupled`). The
-paper did so to AlexNet, whose weights are lost, on photographs that it does not name.
+Every photograph that EfficientNet-Lite0 gets right is distorted, within the box of its pixels,
+until the network takes it for an "ostrich, Struthio camelus". We use the paper's attack, and
+`minimum_norm` started from the photograph itself and from the end of a walk of normalised gradients
+(`attacks.decoupled`). The paper did the same to AlexNet, whose weights are lost, on photographs
+that it does not name.
 
-Large nets have many local minima: `spread` is by how much the better of the two starts of
-`minimum_norm` is nearer than the other. Each image is predicted again by itself, and after
-its pixels are rounded to 8 bits, for which nobody asked the attacks.
+Large networks have many local minima. `spread` is how much nearer the better of the two starts of
+`minimum_norm` ends than the other. Each image is predicted again on its own, and once more after
+its pixels are rounded to 8 bits, which the attacks were not asked to survive.
 
-The time is that of `minimum_norm` of a batch of photographs, compiled before, over as many times
-one value and gradient of the net for that batch.
+The time is that of `minimum_norm` on a batch of photographs, after compilation, divided by that of
+as many evaluations of the network's value and gradient on the same batch.
 """
 
 import dataclasses
-import functools
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,13 +25,13 @@ import numpy as np
 from jaxtyping import Array, Int
 from matplotlib.figure import Figure
 
-from advjax import attacks, data, losses, metrics, plots
+from advjax import attacks, data, metrics, plots
 from experiments.common import foolbox_peers, markdown, networks, paper
 from experiments.common.claims import Claim, verdict
 from experiments.common.measure import Arrays, Content, Row
 from experiments.common.options import PhotographOptions, trial
 from experiments.common.photographs import OSTRICH, Subjects, load_network, load_subjects
-from experiments.common.timing import vmapped
+from experiments.common.timing import gradients, seconds_of, vmapped
 from experiments.common.victims import Victims, attack_victims
 
 SHOWN = 6
@@ -50,31 +49,31 @@ class Options(PhotographOptions):
     """Turns photographs into ostriches by each attack."""
 
     evals: int = 150
-    """The most evaluations of the net that `minimum_norm` may take for a photograph."""
+    """The maximum number of network evaluations per photograph for `minimum_norm`."""
     lbfgs_evals: int = 500
-    """The same of the paper's attack, which needs more to reach the target."""
+    """The same for the paper's attack, which needs more to reach the target."""
     no_peers: bool = False
-    """Leave foolbox's DDN and Carlini-Wagner out, which attack some of the photographs too."""
+    """Do not run foolbox's DDN and Carlini-Wagner on some of the photographs."""
     TRIAL = trial(evals=20, lbfgs_evals=20)
 
     def load(self) -> Subjects:
-        """Loads the net and the photographs; of a trial two, shrunk."""
-        net = load_network()
+        """Load the network and the photographs; two small ones in a trial."""
+        network = load_network()
         if not self.no_peers:
             foolbox_peers.require("foolbox")
         count, stride = (2, 4) if self.quick else (None, 1)
-        return load_subjects(net, self.folder, count=count, stride=stride)
+        return load_subjects(network, self.folder, count=count, stride=stride)
 
 
 def measure(options: Options, subjects: Subjects, seed: int) -> Row:
-    """What each attack comes to, and what its evaluations alone take."""
-    net, dataset, chosen = subjects
+    """Run each attack, and time the evaluations alone."""
+    network, dataset, chosen = subjects
     start = attacks.decoupled(num_steps=min(START_STEPS, options.evals // 2))
     search: dict[str, Any] = {"rough": True, "max_evals": options.evals}
     ways = {
-        STARTED: attacks.minimum_norm(net.logits_fn, start=start, **search),
-        IMAGE: attacks.minimum_norm(net.logits_fn, **search),
-        PAPERS: attacks.lbfgs(net.logits_fn, max_evals=options.lbfgs_evals),
+        STARTED: attacks.minimum_norm(network.logits_fn, start=start, **search),
+        IMAGE: attacks.minimum_norm(network.logits_fn, **search),
+        PAPERS: attacks.lbfgs(network.logits_fn, max_evals=options.lbfgs_evals),
     }
     found = {name: attack_victims(way, chosen, name) for name, way in ways.items()}
     rows = [
@@ -82,8 +81,8 @@ def measure(options: Options, subjects: Subjects, seed: int) -> Row:
             "attack": name,
             "distortion": result.distortion.tolist(),
             "success": [bool(x) for x in result.success],
-            "alone": _ostriches(net, result.x_adv),
-            "rounded": _ostriches(net, np.round(255 * result.x_adv) / np.float32(255)),
+            "alone": _ostriches(network, result.x_adv),
+            "rounded": _ostriches(network, np.round(255 * result.x_adv) / np.float32(255)),
             "evals": float(result.num_evals.mean()),
         }
         for name, result in found.items()
@@ -93,17 +92,17 @@ def measure(options: Options, subjects: Subjects, seed: int) -> Row:
         "rows": rows,
         "indices": chosen.indices.tolist(),
         "photographs": len(dataset.labels),
-        "overhead": _overhead(net, chosen.first(few), evals),
-        "peers": [] if options.no_peers else _peers(net, chosen.first(few), steps),
+        "overhead": _overhead(network, chosen.first(few), evals),
+        "peers": [] if options.no_peers else _peers(network, chosen.first(few), steps),
         "clean": chosen.images[:SHOWN],
         "names": _short_names(chosen.labels[:SHOWN]),
         "adversarial": found[STARTED].x_adv[:SHOWN],
     }
 
 
-def _ostriches(net: networks.Network, images: Any) -> list[bool]:
-    """Which images are ostriches to the net, each predicted by itself."""
-    return [int(_predict(net.logits_fn, jnp.asarray(x))) == OSTRICH for x in images]
+def _ostriches(network: networks.Network, images: Any) -> list[bool]:
+    """Which images the network takes for ostriches, each predicted on its own."""
+    return [int(_predict(network.logits_fn, jnp.asarray(x))) == OSTRICH for x in images]
 
 
 @jax.jit
@@ -111,43 +110,35 @@ def _predict(logits_fn: jax.tree_util.Partial, image: Array) -> Array:
     return logits_fn(image).argmax()
 
 
-def _overhead(net: networks.Network, chosen: Victims, evals: int) -> float:
-    """The time of `minimum_norm`, a batch at once, over that of as many evaluations of the net."""
+def _overhead(network: networks.Network, chosen: Victims, evals: int) -> float:
+    """The time of `minimum_norm` on a batch over that of as many network evaluations."""
     xs, targets = jnp.asarray(chosen.images), jnp.asarray(chosen.targets)
 
-    def loss(logits_fn, x, target):
-        return losses.cross_entropy(logits_fn(x), target)
-
-    gradient = jax.jit(jax.vmap(jax.value_and_grad(loss, argnums=1), in_axes=(None, 0, 0)))
-    evaluate = functools.partial(gradient, net.logits_fn)
-    attack = vmapped(attacks.minimum_norm(net.logits_fn, rough=True, max_evals=evals))
-
-    def seconds(fn: Callable[..., Any]) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(fn(xs, targets))
-        return time.perf_counter() - start
-
-    # Compiled before they are timed; a batch takes as many evaluations as its slowest image.
+    given = network.logits_fn, xs, targets
+    attack = vmapped(attacks.minimum_norm(network.logits_fn, rough=True, max_evals=evals))
+    # Both are compiled before; a batch takes as many evaluations as its slowest image.
     spent = int(attack(xs, targets).num_evals.max())
-    seconds(evaluate)
-    # In turns, so that whatever else the machine does falls on both.
-    turns = [
-        (seconds(attack), sum(seconds(evaluate) for _ in range(spent)))
+    seconds_of(gradients, *given)
+    # In turns, so that other load on the machine affects both.
+    ratios = [
+        seconds_of(attack, xs, targets) / sum(seconds_of(gradients, *given) for _ in range(spent))
         for _ in range(1 if evals < 10 else 3)
     ]
-    return float(np.median([ours / net_alone for ours, net_alone in turns]))
+    return float(np.median(ratios))
 
 
-def _peers(net: networks.Network, chosen: Victims, steps: int) -> list[Row]:
-    """What foolbox's attacks find, and ours with a third of the gradients of DDN."""
+def _peers(network: networks.Network, chosen: Victims, steps: int) -> list[Row]:
+    """Run foolbox's attacks, and ours with a third of the gradients of DDN."""
     third = steps // 3
     start = attacks.decoupled(num_steps=min(START_STEPS, third // 2))
-    ours = attacks.minimum_norm(net.logits_fn, rough=True, max_evals=third, start=start)
+    ours = attacks.minimum_norm(network.logits_fn, rough=True, max_evals=third, start=start)
     found = attack_victims(ours, chosen)
     outcomes: dict[str, tuple[Any, Any, Any]] = {
         STARTED: (found.x_adv, found.success, found.num_evals)
     }
-    for way in foolbox_peers.short_ways(net.logits_fn, chosen.images, chosen.targets, steps=steps):
+    for way in foolbox_peers.short_ways(
+        network.logits_fn, chosen.images, chosen.targets, steps=steps
+    ):
         outcomes[way.name] = way.run()[:3]
     return [
         {
@@ -161,13 +152,13 @@ def _peers(net: networks.Network, chosen: Victims, steps: int) -> list[Row]:
 
 
 def _short_names(labels: Int[np.ndarray, " n"]) -> np.ndarray:
-    """What classes are called, in few letters."""
+    """Short names of classes."""
     names = data.imagenet_names()
     return np.array([textwrap.shorten(names[i], 16, placeholder=" …") for i in labels])
 
 
 def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
-    """Photographs, the differences ten times magnified, and the adversarial images."""
+    """Photographs, the differences magnified ten times, and the adversarial images."""
     del content
     figure = plots.adversarial_grid(
         arrays["clean"],
@@ -182,7 +173,7 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
 
 
 def describe(content: Content) -> str:
-    """What each attack came to, the starts compared, and the peers on some of the photographs."""
+    """The results of each attack, of the two starts, and of the peers on some photographs."""
     (run,) = content["runs"]
     rows = {row["attack"]: row for row in run["rows"]}
     table = markdown.table(
@@ -197,12 +188,12 @@ def describe(content: Content) -> str:
     started, image = (np.array(rows[name]["distortion"]) for name in (STARTED, IMAGE))
     nearer = np.maximum(started, image) / np.minimum(started, image) - 1
     parts = [
-        f"{len(run['indices'])} of {run['photographs']} photographs are right and no ostrich.",
+        f"{len(run['indices'])} of {run['photographs']} photographs are right and not ostriches.",
         table,
         f"The decoupled start ends nearer on {sum(started < image)} of {len(started)}; spread: "
         f"{markdown.percent(float(nearer.mean()), 1)} on average, "
         f"{markdown.percent(float(nearer.max()), 1)} at most. `minimum_norm` takes "
-        f"{run['overhead']:.2f} times as long as its evaluations of the net alone.",
+        f"{run['overhead']:.2f} times as long as its evaluations of the network alone.",
     ]
     if run["peers"]:
         compared = markdown.table(
@@ -225,7 +216,7 @@ def _distortions(row: Row) -> Iterator[tuple[str, str]]:
 
 
 def claims(content: Content) -> list[Claim]:
-    """Photographs become ostriches by distortions that nobody sees."""
+    """Photographs become ostriches through distortions that are hard to see."""
     (run,) = content["runs"]
     parts = [
         f"{row['attack']}: {sum(row['alone'])} of {len(row['alone'])}, "
@@ -234,7 +225,7 @@ def claims(content: Content) -> list[Claim]:
     ]
     return [
         Claim(
-            "Photographs become ostriches for a large net by distortions that are hard to see",
+            "A large network takes photographs with hardly visible distortions for ostriches",
             f"Figure 5: AlexNet, mean distortion {paper.FIGURE5_DISTORTION}",
             "EfficientNet-Lite0: " + "; ".join(parts),
             verdict(

@@ -1,11 +1,11 @@
 """Adversarial digits beside noisy ones (figure 7; 5 min; MNIST or a sample).
 
-(a) FC10 and (b) FC200-200-10, distorted by the paper's attack for each; (c) Gaussian noise of
-stddev 1. The paper does not tell which lambda FC10 has (its stddev of 0.06 is that of 1e-4 in
-Table 1), nor which net is right about 51 % of the noisy images, nor whether they are cut to [0, 1].
-So all test images are shown to the six nets of Table 1, cut and as they are. Each seed trains the
-nets anew and draws other noise, and other digits and target classes for (a) and (b); the figure is
-of the first one. What lies outside [0, 1] is drawn as black or white.
+(a) FC10 and (b) FC200-200-10, each with digits distorted for it by the paper's attack; (c) Gaussian
+noise of standard deviation 1. The paper does not say which lambda FC10 has (its distortion of 0.06
+is that of 1e-4 in Table 1), which network gets 51 % of the noisy images right, or whether they are
+clipped to [0, 1]. So we show all test images to the six networks of Table 1, clipped and unclipped.
+Each seed retrains the networks and draws other noise, and other digits and targets for (a) and (b).
+The figure shows the first seed; values outside [0, 1] are drawn as black or white.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ from experiments.common.measure import Arrays, Content, Row, grouped
 from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.victims import attack_victims, random_victims
 
-NETS = tuple(paper.TABLE1)
+NETWORKS = tuple(paper.TABLE1)
 PANELS = {"FC10(1e-4)": "a", "FC200-200-10": "b"}
 NOISE = 1.0
-KINDS = {"test": "no noise", "noisy": "noise", "noisy_cut": "noise, cut"}
+KINDS = {"test": "no noise", "noisy": "noise", "noisy_cut": "noise, clipped"}
 PRINTED = paper.FIGURE7_GAUSSIAN_ACCURACY / 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(DigitOptions):
-    """Draws Figure 7, and measures how many noisy images the nets of Table 1 get right."""
+    """Draws Figure 7, and measures how many noisy images the networks of Table 1 get right."""
 
     images: int = 12
     """How many test images to distort for (a) and (b), and to draw."""
@@ -41,7 +41,7 @@ class Options(DigitOptions):
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """How many images each net gets right: as they are, noisy, and distorted for it."""
+    """Count the images that each network gets right: clean, noisy, and distorted for it."""
     key, test = jax.random.key(seed), digits.test
     chosen = random_victims(key, test, options.images)
     noise = jax.random.normal(jax.random.fold_in(key, 4), test.images.shape)
@@ -49,17 +49,17 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
     shown = {"test": test.images, "noisy": noisy, "noisy_cut": noisy.clip(0, 1)}
     rows: list[Row] = []
     distorted = {}
-    for name in PANELS if options.quick else NETS:
-        net = networks.load_or_train(key, name, digits.train, steps=options.steps)
+    for name in PANELS if options.quick else NETWORKS:
+        network = networks.load_or_train(key, name, digits.train, steps=options.steps)
         row: Row = {
             "net": name,
-            "right": {kind: _right(net, xs, test.labels) for kind, xs in shown.items()},
+            "right": {kind: _right(network, xs, test.labels) for kind, xs in shown.items()},
         }
         if name in PANELS:
-            result = attack_victims(attacks.lbfgs(net.logits_fn), chosen, name)
+            result = attack_victims(attacks.lbfgs(network.logits_fn), chosen, name)
             distorted[name] = result.x_adv
             row["adversarial"] = {
-                "right": _right(net, result.x_adv, chosen.labels),
+                "right": _right(network, result.x_adv, chosen.labels),
                 "distortion": float(result.distortion.mean()),
             }
         rows.append(row)
@@ -68,14 +68,16 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
 
 
 def _right(
-    net: networks.Network, xs: Float[Array | np.ndarray, "n *shape"], labels: Int[np.ndarray, " n"]
+    network: networks.Network,
+    xs: Float[Array | np.ndarray, "n *shape"],
+    labels: Int[np.ndarray, " n"],
 ) -> int:
-    """How many images a net gets right."""
-    return round(len(labels) * (1 - metrics.error_rate(net.logits_fn, xs, labels)))
+    """Count the images that a network gets right."""
+    return round(len(labels) * (1 - metrics.error_rate(network.logits_fn, xs, labels)))
 
 
 def describe(content: Content) -> str:
-    """The figure, what the nets make of its first two panels, and of noise."""
+    """The figure, and how many images the networks get right, distorted and noisy."""
     images = content["config"]["images"]
 
     def right(rows: list[Row]) -> str:
@@ -83,7 +85,7 @@ def describe(content: Content) -> str:
 
     adversarial = markdown.table(
         [
-            ("net", name),
+            ("network", name),
             ("panel", f"({PANELS[name]})"),
             (f"distortion, {images} images", markdown.number(statistics.over(rows, "distortion"))),
             ("right", right(rows)),
@@ -92,76 +94,78 @@ def describe(content: Content) -> str:
     )
     noisy = markdown.table(
         [
-            ("net", name),
+            ("network", name),
             *(
-                (f"{KINDS[kind]}, %", _percent(share) + _mark(kind, share))
-                for kind, share in _shares(rows, content).items()
+                (f"{KINDS[kind]}, %", _percent(rate) + _mark(kind, rate))
+                for kind, rate in _rates(rows, content).items()
             ),
         ]
         for name, rows in grouped(content, "net").items()
     )
     return f"""\
-![Digits and their distortions: adversarial for two nets, and by noise](figure7.png)
+![Digits and their distortions: adversarial for two networks, and by noise](figure7.png)
 
 Odd columns: test digits; even columns: distorted.
 
 {adversarial}
 
-Percent of all test images that the nets get right: as they are, under Gaussian noise of stddev
-{NOISE:g}, and with that cut to [0, 1]. The paper prints {markdown.percent(PRINTED, 0)}, of a net
-that it does not name; ✓ marks where that could be a share of 256 of ours.
+Percent of all test images that the networks get right: clean, under Gaussian noise of standard
+deviation {NOISE:g}, and with the noisy images clipped to [0, 1]. The paper prints
+{markdown.percent(PRINTED, 0)} for an unnamed network; ✓ marks where its interval, for 256 images,
+meets ours.
 
 {noisy}"""
 
 
 def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
-    """Each panel: test digits, each beside its distortion."""
+    """Three panels of test digits, each beside its distortion."""
     captions = {
         name: f"({PANELS[name]}) for {name}\nRMS {rows[0]['distortion']:.3f}"
         for name, rows in _adversarial(content)
     }
-    captions["noise"] = f"(c) Gaussian noise\nstddev {NOISE:g}"
+    captions["noise"] = f"(c) Gaussian noise\nstandard deviation {NOISE:g}"
     panels = [(caption, arrays["clean"], arrays[name]) for name, caption in captions.items()]
     return {"figure7.png": plots.distorted_pairs(panels)}
 
 
 def claims(content: Content) -> list[Claim]:
-    """Noise that hides the digits does less harm than the attack; and the printed number."""
+    """Noise that hides the digits does less harm than the attack; and the printed accuracy."""
     attacked = {
         name: sum(row["right"] for row in rows) / (len(rows) * content["config"]["images"])
         for name, rows in _adversarial(content)
     }
-    shares = {name: _shares(rows, content) for name, rows in grouped(content, "net").items()}
+    rates = {name: _rates(rows, content) for name, rows in grouped(content, "net").items()}
     noisy = {
-        (name, kind): share
-        for name, kinds in shares.items()
-        for kind, share in kinds.items()
+        (name, kind): rate
+        for name, kinds in rates.items()
+        for kind, rate in kinds.items()
         if kind != "test"
     }
     less = all(attacked[name] < noisy[name, "noisy"].low for name in attacked)
     near = [
-        f"{name} ({KINDS[kind]}: {markdown.percent(share.mean, 1)})"
-        for (name, kind), share in noisy.items()
-        if statistics.agrees(share, PRINTED)
+        f"{name} ({KINDS[kind]}: {markdown.percent(rate.mean, 1)})"
+        for (name, kind), rate in noisy.items()
+        if statistics.agrees(rate, PRINTED)
     ]
-    means = [100 * share.mean for share in noisy.values()]
+    means = [100 * rate.mean for rate in noisy.values()]
     return [
         Claim(
-            "A net reads noisy images that people can hardly read, but none that was distorted "
-            "for it, hardly visibly",
-            f"{markdown.percent(PRINTED, 0)} under noise of stddev 1, 0 % of the adversarial ones",
+            "A network recognises noisy images that people can hardly read, but not those that "
+            "were distorted for it almost invisibly",
+            f"{markdown.percent(PRINTED, 0)} right with noise of standard deviation 1, 0 % when "
+            "adversarial",
             ", ".join(
                 f"{name}: {markdown.percent(noisy[name, 'noisy'].mean, 1)} against "
-                f"{markdown.percent(share, 1)}"
-                for name, share in attacked.items()
+                f"{markdown.percent(rate, 1)}"
+                for name, rate in attacked.items()
             ),
             "holds" if less else "does not hold",
         ),
         Claim(
-            "Under Gaussian noise of stddev 1 a net is right about half of the images",
-            f"{markdown.percent(PRINTED, 0)}, of a net that is not named",
-            f"{min(means):.0f} to {max(means):.0f} %, by net and by whether the images are cut to "
-            f"[0, 1]; near it {', '.join(near) or 'none'}",
+            "Under Gaussian noise of standard deviation 1 a network gets half of the images right",
+            f"{markdown.percent(PRINTED, 0)}, for an unnamed network",
+            f"{min(means):.0f} to {max(means):.0f} %, depending on the network and on clipping to "
+            f"[0, 1]; near that: {', '.join(near) or 'none'}",
             "holds" if near else "does not hold",
         ),
     ]
@@ -173,8 +177,8 @@ def _adversarial(content: Content) -> Iterator[tuple[str, list[Row]]]:
             yield name, [row["adversarial"] for row in rows]
 
 
-def _shares(rows: list[Row], content: Content) -> dict[str, statistics.Estimate]:
-    """The share of the test images that a net gets right, by what was done to them."""
+def _rates(rows: list[Row], content: Content) -> dict[str, statistics.Estimate]:
+    """The fraction of the test images that a network gets right, for each kind of noise."""
     totals = [run["images"] for run in content["runs"]]
     return {
         kind: statistics.fraction([row["right"][kind] for row in rows], totals) for kind in KINDS
@@ -185,7 +189,7 @@ def _percent(fraction: statistics.Estimate) -> str:
     return markdown.percent(fraction, 1, unit="")
 
 
-def _mark(kind: str, share: statistics.Estimate) -> str:
+def _mark(kind: str, rate: statistics.Estimate) -> str:
     if kind == "test":
         return ""
-    return " ✓" if statistics.agrees(share, PRINTED) else " ✗"
+    return " ✓" if statistics.agrees(rate, PRINTED) else " ✗"

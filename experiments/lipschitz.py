@@ -1,17 +1,16 @@
-"""Certified radii held against attacks (section 4.3; 20 min; MNIST or a sample).
+"""Certified radii against attacks (section 4.3; 20 min; MNIST or a sample).
 
 (a) A certificate must lie below every attack. For FC100-100-10 and random test images that it gets
-right: the radius that each Lipschitz bound certifies, from the product of the layers' norms to the
-bounds of each pair of logits, against the distance, in L2, of the nearest image of any other class
-that `minimum_norm` and `lbfgs` find. The last bounds hold in a ball around each image only, where
-the slopes of the sigmoids are smaller, and certify no more than the ball.
+right, we compare two quantities: the radius that each Lipschitz bound certifies, from the product
+of the layers' norms to bounds for each pair of logits, and the L2 distance to the nearest image of
+any other class that `minimum_norm` and `lbfgs` find. The last bounds hold only in a ball around
+each image, where the slopes of the sigmoids are smaller, and certify no more than the ball.
 
-(b) The paper ends by suggesting to penalise the layers' bounds. `training.lipschitz_penalty` does,
-with the sum of the logarithms of the layers' norms, in place of the weight decay of the other
-experiments or beside it, everything else being equal. FC100-100-10 is trained as always and for
-each seed, the ConvNet once and half as long as in the other experiments. Distances here, too, are
-those to the nearest image of any other class, and 0 for an image that a net gets wrong;
-certificates are those of pairs.
+(b) The paper ends by suggesting a penalty on the layers' bounds. `training.lipschitz_penalty`
+penalises the sum of the logarithms of the layers' norms. It replaces or accompanies the weight
+decay of the other experiments; everything else is equal. FC100-100-10 is trained in full for each
+seed, the ConvNet once and half as long as elsewhere. Here, too, distances are to the nearest image
+of any other class, and 0 for an image that a network gets wrong; certificates are those of pairs.
 """
 
 import dataclasses
@@ -32,27 +31,27 @@ from experiments.common.measure import Arrays, Content, Row, grouped
 from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.victims import Victims, attack_every_class, random_victims
 
-NET = "FC100-100-10"
+NETWORK = "FC100-100-10"
 ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
 TRAINING = ("net", "decay", "strength")
 RADIUS = 0.3
-"""In L2, at which certified and withstood shares are counted."""
+"""The L2 radius at which certified and robust images are counted."""
 
-CONSTANTS: dict[str, Callable[..., Array]] = {
-    "product": lambda *net: lipschitz.bound(*net).constant,
-    "`eclipse`": lambda *net: lipschitz.bound(*net, method=lipschitz.eclipse).constant,
-    "`lipsdp`": lambda *net: lipschitz.bound(*net, method=lipschitz.lipsdp).constant,
+CONSTANTS: dict[str, Callable[..., Array | lipschitz.Bound]] = {
+    "product": lambda *network: lipschitz.bound(*network).constant,
+    "`eclipse`": lambda *network: lipschitz.bound(*network, method=lipschitz.eclipse).constant,
+    "`lipsdp`": lambda *network: lipschitz.bound(*network, method=lipschitz.lipsdp).constant,
     "`lipsdp`, of pairs": lipschitz.pairwise,
 }
 """Lipschitz bounds of a classifier for an example input, the loosest first."""
 
 LOCAL = "`eclipse`, of pairs, near each image"
 NEAR = (1.1, 1.25, 1.4)
-"""How far the local bounds hold, over the radius of the ones before; each image takes its best."""
+"""Radii of the local bounds, relative to that of the bounds before; the best counts."""
 
 
 class Sweep(NamedTuple):
-    """The trainings of a net in part (b)."""
+    """The training runs of a network in part (b)."""
 
     alone: tuple[float, ...]
     """Weights of the penalty, without weight decay."""
@@ -64,14 +63,14 @@ class Sweep(NamedTuple):
 
 
 SWEEPS = {
-    NET: Sweep((0, 1e-2, 1e-1), (0, 1e-2), steps=14_000, images=250),
+    NETWORK: Sweep((0, 1e-2, 1e-1), (0, 1e-2), steps=14_000, images=250),
     "ConvNet": Sweep((0, 1e-2, 1e-1), (0,), steps=1_200, images=50),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(DigitOptions):
-    """Holds certificates against attacks, and trains nets with a penalty on their bounds."""
+    """Compares certificates with attacks, and trains networks with a penalty on their bounds."""
 
     images: int = 1000
     """How many test images to attack in (a)."""
@@ -81,20 +80,20 @@ class Options(DigitOptions):
 
     @property
     def sweeps(self) -> dict[str, Sweep]:
-        """The trainings of each net in part (b)."""
-        return {NET: Sweep((0, 1e-1), (0,), steps=100, images=12)} if self.quick else SWEEPS
+        """The training runs of each network in part (b)."""
+        return {NETWORK: Sweep((0, 1e-1), (0,), steps=100, images=12)} if self.quick else SWEEPS
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """Certificates beside attacks, and what each training gives."""
+    """Compare certificates with attacks, and train with the penalty."""
     key = jax.random.key(seed)
     chosen = random_victims(key, digits.test, options.images)
-    net = networks.load_or_train(key, NET, digits.train, steps=options.steps)
-    sandwich, radii, distances = _sandwich(net, chosen)
+    network = networks.load_or_train(key, NETWORK, digits.train, steps=options.steps)
+    sandwich, radii, distances = _sandwich(network, chosen)
     trainings = [
         _train_and_measure(name, decay, strength, sweep, key, digits, chosen)
         for name, sweep in options.sweeps.items()
-        if name == NET or seed == 0
+        if name == NETWORK or seed == 0
         for decay, strengths in ((False, sweep.alone), (True, sweep.decayed))
         for strength in strengths
     ]
@@ -105,10 +104,10 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
 
 
 def _sandwich(
-    net: networks.Network, chosen: Victims
+    network: networks.Network, chosen: Victims
 ) -> tuple[Row, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What is certified and found, in numbers and for each image that the net gets right."""
-    logits_fn, images, labels = net.logits_fn, jnp.asarray(chosen.images), chosen.labels
+    """Certified radii and attack distances: in numbers, and per image that is right."""
+    logits_fn, images, labels = network.logits_fn, jnp.asarray(chosen.images), chosen.labels
     logits = jax.vmap(logits_fn)(images)
     right = np.asarray(logits.argmax(1) == labels)
     constants = {name: make(logits_fn, images[0]) for name, make in CONSTANTS.items()}
@@ -144,9 +143,9 @@ def _sandwich(
     return {"right": int(right.sum()), "certified": rows, "found": found}, radii, distances
 
 
-def _number(constant: Array | None) -> float | None:
-    """A constant that is one number; None for one of each pair."""
-    return None if constant is None or constant.ndim else float(constant)
+def _number(constant: Array | lipschitz.Bound | None) -> float | None:
+    """A single constant as a number; None for one per pair."""
+    return float(constant) if isinstance(constant, jax.Array) else None
 
 
 @jax.jit
@@ -156,24 +155,24 @@ def _local_radii(
     labels: Int[Array, " n"],
     within: Float[Array, " n"],
 ) -> Float[Array, " n"]:
-    """What the bounds of pairs certify that hold within a distance of each image."""
+    """The radii that local bounds of pairs certify, which hold within a distance of each image."""
 
-    def radius(image, label, within):
+    def radius(image: Array, label: Array, within: Array) -> Array:
         pairs = lipschitz.pairwise(logits_fn, image, method=lipschitz.eclipse, radius=within)
-        return jnp.minimum(lipschitz.certified_radius(logits_fn(image), label, pairs), within)
+        return lipschitz.certified_radius(logits_fn(image), label, pairs)
 
     return jax.lax.map(lambda each: radius(*each), (images, labels, within), batch_size=100)
 
 
 def _distances(attack: attacks.Attack, chosen: Victims) -> Float[np.ndarray, " n"]:
-    """In L2, that of the nearest image of any other class that an attack finds."""
+    """The L2 distance of the nearest image of any other class that an attack finds."""
     found = attack_every_class(attack, chosen)
     l2 = found.distortion * math.sqrt(math.prod(chosen.images.shape[1:]))
     return np.where(found.success, l2, np.inf)
 
 
 def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
-    """Each image's radii against its distance, and the share of images that each leaves beyond."""
+    """Radii against distances per image, and the fraction of images beyond each radius."""
     sandwich = content["runs"][0]["sandwich"]
     radii = {row["by"]: arrays[row["by"]] for row in sandwich["certified"]}
     distances = {row["by"]: arrays[row["by"]] for row in sandwich["found"]}
@@ -186,7 +185,7 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
         left.plot(nearest, radii[name], ".", ms=2.5, color=colors[name], alpha=0.7)
     left.plot([near, far], [near, far], color="black", lw=1)
     left.annotate(
-        "no image may be above",
+        "no image may lie above",
         (np.sqrt(near * far), np.sqrt(near * far)),
         xytext=(-8, 4),
         textcoords="offset points",
@@ -204,13 +203,13 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
     for axis in (left.xaxis, left.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
-    shares = np.linspace(1, 0, len(nearest))
+    fractions = np.linspace(1, 0, len(nearest))
     for name, values in radii.items():
         label = f"certified: {name.replace('`', '')}"
-        right.plot(np.sort(values), shares, color=colors[name], label=label)
+        right.plot(np.sort(values), fractions, color=colors[name], label=label)
     for (name, values), style in zip(distances.items(), ("-", ":"), strict=True):
-        right.plot(np.sort(values), shares, style, color="black", label=f"found: {name}")
-    right.set(xlim=(0, far), ylim=(0, 1), xlabel="L2", ylabel="share of images beyond")
+        right.plot(np.sort(values), fractions, style, color="black", label=f"found: {name}")
+    right.set(xlim=(0, far), ylim=(0, 1), xlabel="L2", ylabel="fraction of images beyond")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -231,8 +230,8 @@ def _train_and_measure(
     chosen: Victims,
 ) -> Row:
     print(f"{name}, {_regularizer(decay, strength)}: training", flush=True)
-    net = _train(name, decay, strength, sweep.steps, key, digits.train)
-    logits_fn, test = net.logits_fn, digits.test
+    network = _train(name, decay, strength, sweep.steps, key, digits.train)
+    logits_fn, test = network.logits_fn, digits.test
     logits = jax.vmap(logits_fn)(test.images)
     pairs = lipschitz.pairwise(logits_fn, test.images[0])
     radii = jax.vmap(lipschitz.certified_radius, in_axes=(0, 0, None))(logits, test.labels, pairs)
@@ -260,19 +259,15 @@ def _train(
     key: Key[Array, ""],
     train: data.Dataset,
 ) -> networks.Network:
-    """A net trained by its recipe, but for what its parameters are held back with."""
+    """Train a network by its recipe, except for the regularisation."""
     recipe = networks.RECIPES[name]
-    apply = recipe.model.apply
-    init_key, order_key = jax.random.split(key)
-    fitted = networks.fit(
+    given = recipe.model.apply, train.images[0]
+    fitted = networks.fit_from_scratch(
+        key,
         recipe,
-        apply,
-        recipe.model.init(init_key, train.images[0]),
-        train.images,
-        train.labels,
-        key=order_key,
+        train,
         steps=steps,
-        before=training.lipschitz_penalty(strength, apply, train.images[0]) if strength else None,
+        before=training.lipschitz_penalty(strength, *given) if strength else None,
         penalty=training.weight_decay(recipe.weight_decay) if decay else None,
     )
     return networks.Network(name, recipe.model, fitted.params)
@@ -282,7 +277,7 @@ def _train(
 
 
 def describe(content: Content) -> str:
-    """The radii beside the distances, and a row for each training."""
+    """Radii and distances, and a row for each training run."""
     runs = [run["sandwich"] for run in content["runs"]]
     right = sum(run["right"] for run in runs)
     radii = markdown.table(
@@ -306,8 +301,8 @@ def describe(content: Content) -> str:
     )
     trainings = markdown.table(
         [
-            ("net", name),
-            ("held back by", _regularizer(decay, strength)),
+            ("network", name),
+            ("regularisation", _regularizer(decay, strength)),
             ("bound", _over(rows, "bound", 1)),
             ("train error, %", _over(rows, "train_error", 2, scale=100)),
             ("test error, %", _over(rows, "test_error", 2, scale=100)),
@@ -318,8 +313,8 @@ def describe(content: Content) -> str:
         for (name, decay, strength), rows in grouped(content, *TRAINING, within="trainings").items()
     )
     return f"""\
-(a) Radii and distances in L2, of {right:,} images that the nets get right. A violation is an image
-for which an attack found another class within the radius.
+(a) Radii and distances in L2, for {right:,} images that the networks get right. A violation is an
+image for which an attack found another class within the radius.
 
 {radii}
 
@@ -327,9 +322,9 @@ for which an attack found another class within the radius.
 
 ![Certified radii and distances]({content["experiment"]}.png)
 
-(b) The bound is the product; distances are means in L2, with 0 for an image that is wrong; shares
-are those of images that are right and stay so within {RADIUS:g}, against `minimum_norm` or for
-certain.
+(b) The bound is the product; distances are means in L2, with 0 for a wrong image. The last two
+columns are the fractions of images that are right and stay right within {RADIUS:g}: against
+`minimum_norm`, and by certificate.
 
 {trainings}"""
 
@@ -348,14 +343,14 @@ def _part(rows: Sequence[Row], part: str, whole: str) -> statistics.Estimate:
 
 
 def claims(content: Content) -> list[Claim]:
-    """Small bounds guarantee that there are no adversarial images; penalising them may help."""
+    """Small bounds rule out nearby adversarial images; penalising them may help."""
     sandwiches = [run["sandwich"] for run in content["runs"]]
     violations = sum(row["violations"] for run in sandwiches for row in run["certified"])
     tightest = [run["certified"][-1]["share_of_distance"] for run in sandwiches]
     loosest = [run["certified"][0]["share_of_distance"] for run in sandwiches]
     sweeps: dict[bool, dict[float, list[Row]]] = {False: {}, True: {}}
     for (name, decay, strength), rows in grouped(content, *TRAINING, within="trainings").items():
-        if name == NET:
+        if name == NETWORK:
             sweeps[decay][strength] = rows
     alone, decayed = (_change(sweep) for sweep in sweeps.values())
     helps = [change.high < 0 for _, change in (alone, decayed) if change is not None]
@@ -371,15 +366,15 @@ def claims(content: Content) -> list[Claim]:
             f"{violations} of {sum(run['right'] for run in sandwiches):,} images within any of "
             f"the certified radii, which reach {markdown.percent(float(np.mean(loosest)), 1)} "
             f"(product) to {markdown.percent(float(np.mean(tightest)), 1)} (pairs, near each "
-            "image) of the way to the nearest",
+            "image) of the distance to the nearest",
             "holds" if not violations else "does not hold",
         ),
         Claim(
-            "Penalising the bound of each layer might improve the generalisation error",
+            "Penalising the bound of each layer might improve generalisation",
             "suggested, not tested",
-            f"{NET}: "
+            f"{NETWORK}: "
             + "; ".join(
-                f"{beside} the best of the strengths tried, {best:g}, changes the test error by "
+                f"{beside}, the best strength tried ({best:g}) changes the test error by "
                 f"{markdown.number(change, 2)} points"
                 for (best, change), beside in ((alone, "alone"), (decayed, "beside weight decay"))
                 if change is not None
@@ -387,11 +382,11 @@ def claims(content: Content) -> list[Claim]:
             verdict(helps),
         ),
         Claim(
-            "It might make adversarial images farther",
+            "It might increase the distance of adversarial images",
             "suggested, not tested",
-            f"{NET}: with {max(sweeps[False]):g} the nearest are "
-            f"{markdown.number(statistics.mean(farther), 2)} times as far as with nothing, and "
-            f"{after} of the images are certified at {RADIUS:g} instead of {before}",
+            f"{NETWORK}: with strength {max(sweeps[False]):g} the nearest are "
+            f"{markdown.number(statistics.mean(farther), 2)} times as far as without, and "
+            f"{after} of the images are certified at {RADIUS:g}, instead of {before}",
             "holds" if min(farther) > 1 else "does not hold",
         ),
     ]
@@ -400,7 +395,7 @@ def claims(content: Content) -> list[Claim]:
 def _change(
     sweep: dict[float, list[Row]],
 ) -> tuple[float, statistics.Estimate | None]:
-    """The strength of the least test error, and by how many points it changes it."""
+    """The strength with the lowest test error, and the change in percentage points."""
     errors = {strength: [row["test_error"] for row in rows] for strength, rows in sweep.items()}
     best = min((s for s in errors if s), key=lambda s: np.mean(errors[s]), default=0.0)
     if not best:

@@ -1,18 +1,19 @@
-"""Adversarial photographs shown to other nets (section 4.2; 6 min; photographs).
+"""Adversarial photographs shown to other networks (section 4.2; 6 min; photographs).
 
-The paper shows with digits that what misleads one net misleads others, and says the same of nets
-for photographs. Photographs are turned into ostriches for each net, with `minimum_norm`, and shown
-to the others: as they come out, and, as those lie on the boundary of the net that they were made
-for, with their distortions brought to larger RMS too. The control is Gaussian noise of the same
-RMS. All are cut to [0, 1].
+The paper shows with digits that what misleads one network misleads others, and says the same of
+networks for photographs. Here photographs are turned into ostriches for each network, with
+`minimum_norm`, and shown to the others. They are shown as found and, since those lie on the
+boundary of the network that they were made for, with their distortions scaled to larger RMS too.
+The control is Gaussian noise of the same RMS. All images are clipped to [0, 1].
 
-The nets are EfficientNet-Lite0, as it is and on the photographs resized to other resolutions before
-it sees them; its weights are the same there, so that is the easiest case of transfer. AlexNet,
-whose weights no package has, joins them where its file is given.
+The networks are EfficientNet-Lite0 itself, and the same on photographs resized to other resolutions
+first. The weights are the same, so this is the easiest case of transfer. AlexNet, whose weights no
+package provides, joins them if its file is given.
 
-A rate counts the photographs that the column's net had right. Rates between two nets have Wilson's
-95 % intervals over photographs; means over all pairs of different nets have Student's, and the test
-against noise is a sign test, one-sided, of how many other nets each photograph misled.
+A rate counts the photographs that the column's network gets right. Rates between two networks have
+Wilson's 95 % intervals over photographs; means over all pairs of different networks have Student's.
+The comparison with noise is a one-sided sign test of how many other networks each photograph
+misled.
 """
 
 import dataclasses
@@ -36,33 +37,33 @@ from experiments.common.victims import Victims, attack_victims
 
 SIZES = (192, 160)  # pixels
 RMS = (0.005, 0.01, 0.02)
-TESTED = 0.01  # the RMS of the claim
+TESTED = 0.01  # RMS for the claim
 ALEXNET = "AlexNet"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(PhotographOptions):
-    """Makes ostriches for each net, and shows them to the others."""
+    """Turns photographs into ostriches for each network, and shows them to the others."""
 
     count: int = 20
-    """How many photographs to attack at most, the first that EfficientNet-Lite0 has right."""
+    """The maximum number of photographs: the first that EfficientNet-Lite0 gets right."""
     weights: Path | None = None
-    """A file of torchvision's AlexNet, of PyTorch or safetensors, to join the nets."""
+    """A weight file of torchvision's AlexNet, PyTorch or safetensors, to include it."""
     seeds: int = 1
     """How many times to draw noise."""
     TRIAL = trial(count=2)
 
     def load(self) -> Subjects:
-        """Loads EfficientNet-Lite0 and the photographs that it has right."""
+        """Load EfficientNet-Lite0 and the photographs that it gets right."""
         return load_subjects(load_network(), self.folder, count=self.count)
 
 
 def measure(options: Options, subjects: Subjects, seed: int) -> Row:
-    """What each net makes of what was made for any of them."""
+    """Show what was made for each network to all of them."""
     chosen = subjects.victims
     sizes, evaluations = (SIZES[1:], 12) if options.quick else (SIZES, 100)
     start = attacks.decoupled(num_steps=min(30, evaluations // 2))
-    columns = {one.name: one for one in _nets(subjects.network, sizes, options.weights)}
+    columns = {one.name: one for one in _networks(subjects.network, sizes, options.weights)}
     rows = []
     for i, (name, one) in enumerate(columns.items()):
         attack = attacks.minimum_norm(one.logits_fn, rough=True, start=start, max_evals=evaluations)
@@ -93,11 +94,11 @@ def measure(options: Options, subjects: Subjects, seed: int) -> Row:
     }
 
 
-# --- the nets --------------------------------------------------------------------------------
+# --- the networks --------------------------------------------------------------------------------
 
 
 class Resized(NamedTuple):
-    """A model that sees its image in another resolution."""
+    """A model that sees its image at another resolution."""
 
     model: Any
     size: int
@@ -109,7 +110,7 @@ class Resized(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """A model of torchvision's, which takes pixels less a mean, divided by a deviation."""
+    """A torchvision model, which takes standardised pixels."""
 
     model: Any
 
@@ -120,12 +121,12 @@ class Normalized(NamedTuple):
         return self.model.apply(params, (image - mean) / deviation)
 
 
-def _nets(
-    net: networks.Network, sizes: tuple[int, ...], weights: Path | None
+def _networks(
+    network: networks.Network, sizes: tuple[int, ...], weights: Path | None
 ) -> Iterator[networks.Network]:
-    yield net._replace(name="224 px")
+    yield network._replace(name="224 px")
     for size in sizes:
-        yield networks.Network(f"{size} px", Resized(net.model, size), net.params)
+        yield networks.Network(f"{size} px", Resized(network.model, size), network.params)
     if weights is not None:
         model = models.AlexNet()
         params = models.alexnet_from_torch(model, models.load_torch_weights(weights))
@@ -150,22 +151,22 @@ def _noise(keys: Array, images: Any, rms: Any) -> Array:
 
 
 def _predictions(columns: dict[str, networks.Network], xs: Any) -> list[list[int]]:
-    """The class that each net gives each image."""
-    return [np.asarray(predict(net.logits_fn, xs)).tolist() for net in columns.values()]
+    """The class that each network predicts for each image."""
+    return [np.asarray(predict(network.logits_fn, xs)).tolist() for network in columns.values()]
 
 
 class Rows(NamedTuple):
-    """What all nets made of some distorted photographs."""
+    """The predictions of all networks for some distorted photographs."""
 
     wrong: Bool[np.ndarray, "seeds columns n"]
     ostrich: Bool[np.ndarray, "seeds columns n"]
     counted: Bool[np.ndarray, "columns n"]
-    """Which photographs the column's net had right."""
+    """Which clean photographs the column's network gets right."""
     distortion: float
 
 
 def rows_of(content: Content, kind: str, rms: float | None) -> dict[str, Rows]:
-    """For each net what was made for it, of one kind and RMS."""
+    """The predictions for what was made for each network, of one kind and RMS."""
     runs = content["runs"]
     labels = np.array(runs[0]["labels"])
     by_row = grouped(content, "made_for", "kind", "rms")
@@ -183,9 +184,9 @@ def rows_of(content: Content, kind: str, rms: float | None) -> dict[str, Rows]:
 
 
 def between(rows: dict[str, Rows], what: str) -> Float[np.ndarray, " n"]:
-    """In which share of the pairs of different nets each photograph is wrong, or an ostrich.
+    """The fraction of pairs of different networks where a photograph is wrong, or an ostrich.
 
-    A pair counts if its second net had the photograph right, and a photograph if any pair does.
+    A pair counts if its second network gets the clean photograph right.
     """
     names = list(rows)
     pairs = [
@@ -200,7 +201,7 @@ def between(rows: dict[str, Rows], what: str) -> Float[np.ndarray, " n"]:
 
 
 def p_value(adversarial: Float[np.ndarray, " n"], noise: Float[np.ndarray, " n"]) -> float:
-    """Of the sign test: that a photograph misleads others no more often than under noise."""
+    """The sign test's p-value: photographs mislead other networks no more often than noise."""
     more, less = int(np.sum(adversarial > noise)), int(np.sum(adversarial < noise))
     if not more + less:
         return 1.0
@@ -211,13 +212,13 @@ def p_value(adversarial: Float[np.ndarray, " n"], noise: Float[np.ndarray, " n"]
 
 
 def describe(content: Content) -> str:
-    """The rates between each two nets, and their mean beside noise for each RMS."""
+    """The rates between networks, and their means beside those of noise for each RMS."""
     names = content["runs"][0]["nets"]
     matrices = "\n\n".join(
         f"{title}:\n\n{_matrix(names, rows_of(content, 'adversarial', rms))}"
         for title, rms in (
             ("Wrong, % (in brackets how many ostriches), distorted as found", None),
-            (f"The same with the distortions brought to an RMS of {TESTED:g}", TESTED),
+            (f"The same with the distortions scaled to an RMS of {TESTED:g}", TESTED),
         )
     )
     summary = markdown.grid(
@@ -227,7 +228,7 @@ def describe(content: Content) -> str:
     return f"""\
 {matrices}
 
-Means over pairs of different nets, and over {len(content["runs"][0]["labels"])} photographs:
+Means over pairs of different networks, and over {len(content["runs"][0]["labels"])} photographs:
 
 {summary}"""
 
@@ -243,7 +244,7 @@ def _matrix(names: list[str], rows: dict[str, Rows]) -> str:
 
 
 def _cell(rows: Rows, column: int) -> str:
-    # Every seed makes the same adversarial photographs; only noise differs.
+    # The adversarial photographs are the same for every seed; only the noise differs.
     counted = rows.counted[column]
     wrong, ostriches = (what[0, column, counted].sum() for what in (rows.wrong, rows.ostrich))
     rate = statistics.fraction([int(wrong)], [int(counted.sum())])
@@ -254,32 +255,32 @@ def _summary(content: Content, rms: float | None) -> Iterator[str]:
     kinds = {kind: rows_of(content, kind, rms) for kind in ("adversarial", "noise")}
     yield "as found" if rms is None else f"{rms:g}"
     for what in ("wrong", "ostrich"):
-        shares = {kind: between(rows, what) for kind, rows in kinds.items()}
-        for some in shares.values():
+        rates = {kind: between(rows, what) for kind, rows in kinds.items()}
+        for some in rates.values():
             yield _percent(some)
         if what == "wrong":
-            yield f"{p_value(*shares.values()):.1g}"
+            yield f"{p_value(*rates.values()):.1g}"
 
 
-def _percent(shares: Float[np.ndarray, " n"]) -> str:
-    mean = statistics.mean(shares.tolist())
+def _percent(rates: Float[np.ndarray, " n"]) -> str:
+    mean = statistics.mean(rates.tolist())
     return markdown.percent(statistics.Estimate(*np.clip(mean, 0, 1).tolist()), 1)
 
 
 def claims(content: Content) -> list[Claim]:
-    """Transfer beyond noise; of nets with the same weights it bears the claim out in part."""
+    """Transfer exceeds noise; with the same weights that supports the claim in part."""
     kinds = {kind: rows_of(content, kind, TESTED) for kind in ("adversarial", "noise")}
-    shares = [between(rows, "wrong") for rows in kinds.values()]
-    p = p_value(*shares)
-    adversarial, noise = map(_percent, shares)
+    rates = [between(rows, "wrong") for rows in kinds.values()]
+    p = p_value(*rates)
+    adversarial, noise = map(_percent, rates)
     different = ALEXNET in content["runs"][0]["nets"]
-    nets_shown = "" if different else ", all with the same weights at other resolutions"
+    same = "" if different else ", all networks being the same at other resolutions"
     return [
         Claim(
             "Adversarial photographs mislead other networks for ImageNet",
-            "stated; its numbers are of MNIST, Table 2",
-            f"at an RMS of {TESTED:g}, {adversarial} of them mislead another net, {noise} under "
-            f"noise of the same RMS (p = {p:.1g}){nets_shown}",
+            "stated; the numbers are for MNIST, Table 2",
+            f"at an RMS of {TESTED:g}, {adversarial} of them mislead another network, {noise} "
+            f"under noise of the same RMS (p = {p:.1g}){same}",
             "does not hold" if p >= 0.05 else "holds" if different else "holds in part",
         )
     ]

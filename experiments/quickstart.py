@@ -1,12 +1,11 @@
-"""Trains a net, attacks it and draws the result (figure 7; 1 min; MNIST or a sample).
+"""Trains a network, attacks it and draws the result (figure 7; 1 min; MNIST or a sample).
 
 100 test digits that FC100-100-10 gets right are attacked with both attacks, each towards a fixed
-other class; beside them stands what Gaussian noise of the same size does to the net.
+other class. For comparison, Gaussian noise of the same size is added to them.
 
 Expected: every attack succeeds, with a mean distortion of 0.06 to 0.07; noise of that size changes
-hardly a prediction.
+hardly any predictions.
 """
-
 
 import jax
 import numpy as np
@@ -18,7 +17,7 @@ from experiments.common.measure import Arrays, Content, Row
 from experiments.common.options import DigitOptions, Digits
 from experiments.common.victims import victims
 
-NET = "FC100-100-10"
+NETWORK = "FC100-100-10"
 SHOWN = 8
 ATTACKS = (attacks.lbfgs, attacks.minimum_norm)
 
@@ -30,19 +29,19 @@ class Options(DigitOptions):
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """The errors of the net, and what each attack comes to."""
+    """Measure the errors of the network, and run each attack."""
     train, test = digits
     net_key, noise_key = jax.random.split(jax.random.key(seed))
-    net = networks.load_or_train(net_key, NET, train, steps=options.steps)
+    network = networks.load_or_train(net_key, NETWORK, train, steps=options.steps)
     parameters = options.out / "quickstart.safetensors"
-    models.save(parameters, net.params, metadata={"net": NET, "data": train.source})
+    models.save(parameters, network.params, metadata={"net": NETWORK, "data": train.source})
     print(f"The parameters are in {parameters}", flush=True)
-    chosen = victims(net, test, 32 if options.quick else 100)
+    chosen = victims(network, test, 32 if options.quick else 100)
     images, labels, targets = chosen.images, chosen.labels, chosen.targets
     rows = []
     for make in ATTACKS:
         name = make.__name__
-        result = runner.attack_images(make(net.logits_fn), images, targets, progress=name)
+        result = runner.attack_images(make(network.logits_fn), images, targets, progress=name)
         size = result.distortion[:, None, None, None]
         noisy = images + size * np.asarray(jax.random.normal(noise_key, images.shape))
         rows.append(
@@ -52,12 +51,12 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
                 "mean_distortion": float(result.distortion.mean()),
                 "median_distortion": float(np.median(result.distortion)),
                 "evaluations": float(result.num_evals.mean()),
-                "noise_error": metrics.error_rate(net.logits_fn, noisy, labels),
+                "noise_error": metrics.error_rate(network.logits_fn, noisy, labels),
             }
         )
     return {
-        "train_error": metrics.error_rate(net.logits_fn, train.images, train.labels),
-        "test_error": metrics.error_rate(net.logits_fn, test.images, test.labels),
+        "train_error": metrics.error_rate(network.logits_fn, train.images, train.labels),
+        "test_error": metrics.error_rate(network.logits_fn, test.images, test.labels),
         "images": len(images),
         "rows": rows,
         "clean": images[:SHOWN],
@@ -68,10 +67,10 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
 
 
 def describe(content: Content) -> str:
-    """The errors, and a line for each attack; distortion is the RMS per pixel."""
+    """The errors, and a line for each attack; distortions are RMS per pixel."""
     (run,) = content["runs"]
     return f"""\
-{NET} gets {markdown.percent(run["train_error"])} of the training images wrong and
+{NETWORK} gets {markdown.percent(run["train_error"])} of the training images wrong and
 {markdown.percent(run["test_error"])} of the test images. {run["images"]} test images that it gets
 right, each towards another class:
 
@@ -93,7 +92,7 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """A line for each attack."""
     return markdown.table(
         [
             ("attack", row["attack"]),

@@ -1,9 +1,10 @@
 """All of these beside the paper's numbers (every table; 90 min; MNIST or a sample).
 
-Runs each experiment, or takes the numbers that are in the folder already where they are of the same
-options, and writes REPORT.md from the JSON files alone: first the paper's claims and what became of
-them, then each experiment with its method, its numbers and the command that makes them. Numbers of
-experiments whose packages or data are missing here are shown too; where there are none, it says so.
+Runs each experiment, or reuses the numbers that are already in the folder if they were measured
+with the same options, and writes REPORT.md from the JSON files alone: first the paper's claims and
+our verdicts, then each experiment with its method, its numbers and its command. Experiments whose
+packages or data are missing here are shown too if they were measured before; otherwise the report
+names them.
 """
 
 import dataclasses
@@ -17,24 +18,19 @@ from advjax import files
 from experiments import EXPERIMENTS
 from experiments.common import markdown, measure
 from experiments.common.measure import Content
-from experiments.common.options import PHOTOGRAPHS, DigitOptions, Name, Source
+from experiments.common.options import PHOTOGRAPHS, DataOptions, DigitOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(DataOptions):
     """Runs the experiments of the report that have not been run, and writes it."""
 
-    dataset: Name = "mnist"
-    """The data set."""
-    source: Source = "auto"
-    """Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or the
-    first of both that can be had."""
     out: Path = Path("results")
     """The folder for the numbers, the figures and REPORT.md."""
     quick: bool = False
-    """Each experiment in its quick form: ten minutes, for a trial."""
+    """Run each experiment in its quick form: ten minutes in all, for a trial."""
     fresh: bool = False
-    """Measure anew what is in the folder already."""
+    """Measure everything again, even if it is in the folder."""
 
     def of(self, experiment: ModuleType) -> measure.Options:
         """The options of an experiment of the report."""
@@ -45,7 +41,7 @@ class Options:
 
 
 def write(options: Options) -> None:
-    """Runs the experiments of the report that have not been run, and writes it."""
+    """Run the experiments of the report that have not been run, and write it."""
     sections: list[tuple[ModuleType, Content]] = []
     missing: dict[str, str] = {}
     for name in (name for name, in_report in EXPERIMENTS.items() if in_report):
@@ -70,7 +66,7 @@ def write(options: Options) -> None:
 def compose(
     sections: list[tuple[ModuleType, Content]], missing: Mapping[str, str] | None = None
 ) -> str:
-    """The report, of modules and what they saved; and why the missing experiments are missing."""
+    """Compose the report from what the experiments saved, and name those that are missing."""
     claims = [claim for module, content in sections for claim in module.claims(content)]
     table = markdown.grid(
         ("the paper's claim", "its evidence", "ours", "verdict"),
@@ -80,10 +76,10 @@ def compose(
     parts = [
         "# The paper's results, measured again",
         "[Intriguing properties of neural networks](https://arxiv.org/abs/1312.6199) (Szegedy et "
-        "al., 2013). Made by `python -m experiments report` from the JSON files beside it; numbers "
-        "in square brackets are 95 % intervals over seeds, each of which trains the nets anew and "
-        "draws other images; numbers in round brackets are the paper's, with ✓ where they agree "
-        "within the intervals of both and ✗ where not.",
+        "al., 2013). Made by `python -m experiments report` from the JSON files beside it. Numbers "
+        "in square brackets are 95 % intervals over seeds; each seed retrains the networks and "
+        "draws other images. Numbers in round brackets are the paper's, with ✓ where the "
+        "intervals of both agree and ✗ where they do not.",
         "## The claims",
         table,
     ]
@@ -99,8 +95,8 @@ def compose(
         reasons = "\n".join(f"- `{name}`: {reason}" for name, reason in missing.items())
         parts += [
             "## Not measured",
-            "There are no numbers of these experiments, and they could not be measured where this "
-            f"was written:\n\n{reasons}",
+            "There are no numbers for these experiments, and they could not be measured where this "
+            f"report was written:\n\n{reasons}",
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -108,7 +104,7 @@ def compose(
 def provenance(name: str, content: Content) -> str:
     """The command, the data, the seeds and the time of an experiment."""
     config = content["config"]
-    trained = " Nets that an earlier experiment trained are not trained again."
+    trained = " Networks that an earlier experiment trained are reused."
     if config["dataset"] == PHOTOGRAPHS:
         trained = ""
     made_with = content["made_with"]

@@ -1,23 +1,23 @@
 """Whether units differ from random directions (section 3; 10 min; MNIST or a sample).
 
-The paper finds, by eye, no distinction between single units and random linear combinations of them.
-Here the ten test images with the largest inner product are scored for every unit of a layer: by
-their label purity, the share of the commonest class, and by their concept AUC, how well one quality
-of the drawing, be it the ink, height, width or slant, more of it or less, tells them from all other
-images. (The classes as concepts would give the purity again.) T is the mean score of the units.
-Rotations of the centred features, drawn uniformly, give the T of random bases of the same space;
-the p-value is that of a T as large as the units' under rotation, and the effect is the units' T
-less the mean of the rotations'. Units may also have less in common than random directions: so the
-seeds are counted where T is above, or below, the middle 95 % of the rotations. That it is within is
-no evidence of "no distinction": two one-sided t-tests over the seeds ask whether the effect is
-shown to be less than 0.05 either way, the default margin of `units.rotation_test`; of the purity
-that is half an image in ten.
+By eye, the paper finds no distinction between single units and random linear combinations of them.
+Here the ten test images with the largest inner product are scored for every unit of a layer, in two
+ways. Label purity is the fraction of the most common class. Concept AUC measures how well one
+property of the drawing (ink, height, width or slant, more of it or less) separates the ten images
+from all others. (Classes as concepts would give the purity again.) T is the mean score of the
+units. Uniformly drawn rotations of the centred features give the T of random bases of the same
+space. The p-value is the probability of a T at least as large as the units' under rotation, and the
+effect is the units' T minus the mean over rotations. Units may also be less alike than random
+directions, so we count the seeds where T is above, or below, the middle 95 % of the rotations. A T
+inside that range is no evidence of "no distinction": two one-sided t-tests over the seeds ask
+whether the effect is shown to be smaller than 0.05 in either direction, the default margin of
+`units.rotation_test`. For purity that is half an image in ten.
 
-The features are those of the last hidden layer of the paper's sigmoid net and of a convolutional
-one with ReLUs, before and after the non-linearity. Controls: the same layers of nets that were not
-trained; principal axes in place of units; pixels, of images of half the height and width, as
-rotations of all 784 take minutes; and noise, along which the ten images are any. Units that are
-above their least value on fewer than ten images are left out.
+The features are those of the last hidden layer of the paper's sigmoid network and of a
+convolutional one with ReLUs, before and after the non-linearity. The controls are the same layers
+of untrained networks; principal axes in place of units; pixels, of images at half resolution,
+because rotations of all 784 take minutes; and noise, for which the ten images are arbitrary. Units
+that exceed their minimum on fewer than ten images are left out.
 """
 
 import dataclasses
@@ -39,17 +39,17 @@ from experiments.common.units import (
     MARGIN,
     TOP,
     alive,
+    as_row,
     cells,
     equivalence,
     features,
-    in_numbers,
     outside,
 )
 
 LAYERS = {"FC100-100-10": "hidden2", "ConvNet": "hidden1"}
-"""The last hidden layer of each net."""
+"""The last hidden layer of each network."""
 STAGES = {"before": "_preactivation", "after": ""}
-"""Of the non-linearity."""
+"""Suffixes of the layer before and after the non-linearity."""
 CASE = ("net", "non-linearity", "directions")
 SCORES = {"purity": "label purity", "auc": "concept AUC"}
 
@@ -60,7 +60,7 @@ class Options(DigitOptions):
 
     seeds: int = 5
     convnet_seeds: int = 3
-    """How many convolutional nets to train, at most as many as `seeds`: each takes minutes."""
+    """How many of the seeds train a convolutional network too, which takes minutes each."""
     rotations: int = 999
     """How many random bases to compare the units with."""
     TRIAL = trial(seeds=2, convnet_seeds=2, rotations=99)
@@ -68,54 +68,54 @@ class Options(DigitOptions):
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """The scores of each basis beside those of random ones."""
+    """Score each basis and random ones."""
     key, test = jax.random.key(seed), digits.test
     test_key, noise_key, init_key = jax.random.split(jax.random.fold_in(key, 3), 3)
     cases: dict[tuple[str, str, str], tuple[Array, Array | None]] = {}
     for name in LAYERS if seed < options.convnet_seeds else ("FC100-100-10",):
-        net = networks.load_or_train(key, name, digits.train, steps=options.steps)
-        cases |= _of_net(net, test, init_key)
-    if seed == 0:  # the images are the same for all
+        network = networks.load_or_train(key, name, digits.train, steps=options.steps)
+        cases |= _of_network(network, test, init_key)
+    if seed == 0:  # the images are the same for all seeds seeds
         cases["images, halved", "", "pixels"] = _halved(test.images), None
     cases["noise", "", "units"] = jax.random.normal(noise_key, (len(test.labels), 100)), None
     return {
         "rows": [
             {
-                "net": net,
+                "net": network,
                 "non-linearity": stage,
                 "directions": kind,
                 **_test(jax.random.fold_in(test_key, i), phi, test, directions, options.rotations),
             }
-            for i, ((net, stage, kind), (phi, directions)) in enumerate(cases.items())
+            for i, ((network, stage, kind), (phi, directions)) in enumerate(cases.items())
         ]
     }
 
 
-def _of_net(
-    net: networks.Network, test: data.Dataset, key: Key[Array, ""]
+def _of_network(
+    network: networks.Network, test: data.Dataset, key: Key[Array, ""]
 ) -> dict[tuple[str, str, str], tuple[Array, Array | None]]:
-    """The features of its last hidden layer, and the basis to rotate; None is that of the units."""
-    untrained = net._replace(params=net.model.init(key, test.images[0]))
+    """The features of the last hidden layer with the basis to rotate; None means the units."""
+    untrained = network._replace(params=network.model.init(key, test.images[0]))
     cases: dict[tuple[str, str, str], tuple[Array, Array | None]] = {}
     for stage, suffix in STAGES.items():
-        layer = LAYERS[net.name] + suffix
-        phi = _alive(features(net, layer, test.images))
-        cases[net.name, stage, "units"] = phi, None
-        cases[net.name, stage, "principal axes"] = phi, units.principal_axes(phi)
+        layer = LAYERS[network.name] + suffix
+        phi = _alive(features(network, layer, test.images))
+        cases[network.name, stage, "units"] = phi, None
+        cases[network.name, stage, "principal axes"] = phi, units.principal_axes(phi)
         untrained_phi = _alive(features(untrained, layer, test.images))
-        cases[net.name, stage, "units, untrained"] = untrained_phi, None
+        cases[network.name, stage, "units, untrained"] = untrained_phi, None
     return cases
 
 
 def _halved(images: Float[np.ndarray, "n height width 1"]) -> Float[Array, "n pixels"]:
-    """Images of half the height and width, flat, without the pixels that are hardly ever grey."""
+    """Images at half resolution, flattened, without the pixels that are almost never active."""
     n, height, width, _ = images.shape
     blocks = images.reshape(n, height // 2, 2, width // 2, 2)
     return _alive(jnp.asarray(blocks.mean(axis=(2, 4)).reshape(n, -1)))
 
 
 def qualities(images: Float[np.ndarray, "n height width 1"]) -> Float[np.ndarray, "n 8"]:
-    """The ink, height, width and slant of what each image shows, and their negatives."""
+    """The ink, height, width and slant of each digit, and their negatives."""
     weights = images[..., 0].astype(float)
     ink = weights.sum(axis=(1, 2))
     y, x = np.indices(weights.shape[1:]).astype(float)
@@ -151,7 +151,7 @@ def _test(
         k=TOP,
         rotations=rotations,
     )
-    scores = {score: in_numbers(one) for score, one in found._asdict().items()}
+    scores = {score: as_row(one) for score, one in found._asdict().items()}
     return {"units": phi.shape[1], **scores}
 
 
@@ -159,7 +159,10 @@ def describe(content: Content) -> str:
     """A table for each score: the units beside the rotated bases, and the tests."""
     tables = {
         score: markdown.table(
-            [*zip(CASE, case, strict=True), *cells([row[score] for row in rows], sides=True)]
+            [
+                *zip(("network", *CASE[1:]), case, strict=True),
+                *cells([row[score] for row in rows], sides=True),
+            ]
             for case, rows in grouped(content, *CASE).items()
         )
         for score in SCORES
@@ -167,18 +170,18 @@ def describe(content: Content) -> str:
     return f"""\
 ![T of the units beside those of rotated bases](rotation.png)
 
-Label purity of the {TOP} images. Above and below are the seeds where T is so, of the middle 95 %
-of the rotations; the last column tests whether the effect is within ±{MARGIN:g}.
+Label purity of the {TOP} images. "Above" and "below" count the seeds where T is above or below the
+middle 95 % of the rotations; the last column tests whether the effect is within ±{MARGIN:g}.
 
 {tables["purity"]}
 
-Concept AUC, in the same way:
+Concept AUC:
 
 {tables["auc"]}"""
 
 
 def claims(content: Content) -> list[Claim]:
-    """Claim 1: no distinction between units and random directions."""
+    """There is no distinction between units and random directions."""
     tested = [
         (case, score, rows, test)
         for case, rows in grouped(content, *CASE).items()
@@ -190,15 +193,15 @@ def claims(content: Content) -> list[Claim]:
     sides = [{outside(row[score]) for row in rows} for _, score, rows, _ in tested]
     above, below = sides.count({1}), sides.count({-1})
     effects = ", ".join(
-        f"{float(test.mean):+.3f} ({net}, {stage})"
-        for (net, stage, _), score, _, test in tested
+        f"{float(test.mean):+.3f} ({network}, {stage})"
+        for (network, stage, _), score, _, test in tested
         if score == "purity"
     )
     return [
         Claim(
             "No distinction between individual units and random linear combinations of them",
             "by eye, four of each",
-            "label purity of units less that of random bases, before and after the non-linearity: "
+            "label purity of units minus that of random bases, before and after the non-linearity: "
             f"{effects}; of {len(tested)} comparisons of purity and AUC, in {above} the units are "
             f"above the middle 95 % of the rotations for every seed, in {below} below, and in "
             f"{equivalent} they are shown to be within ±{MARGIN:g}",
@@ -214,7 +217,7 @@ def claims(content: Content) -> list[Claim]:
 
 
 def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
-    """T of each seed's basis, over the range of its rotations."""
+    """T of each seed's basis, with the range of its rotations."""
     del arrays
     cases = grouped(content, *CASE)
     figure = Figure(figsize=(10, 0.9 + 0.4 * len(cases)), dpi=100, layout="constrained")

@@ -1,17 +1,17 @@
-"""Errors and minimum distortions of six nets (table 1; 20 min; MNIST or a sample).
+"""Errors and minimum distortions of six networks (table 1; 20 min; MNIST or a sample).
 
-Each seed trains the nets anew and draws other test images, each with a random other class for a
-target; every net is attacked on the same ones, with the paper's attack and with `minimum_norm`.
-Images that a net gets wrong to begin with are counted, as they seem to be in the paper. How many
-images the paper used, and which targets, it does not tell: its transfer rates are fractions of 256,
-so the first 256 of a seed are also shown by themselves, and for them the nearest image of any of
-the nine other classes too.
+Each seed retrains the networks and draws other test images, each with a random other class as its
+target. Every network is attacked on the same images, with the paper's attack and with
+`minimum_norm`. Images that a network gets wrong before the attack are counted, as they seem to be
+in the paper. The paper does not say how many images it used, nor which targets. Its transfer rates
+are fractions of 256, so the first 256 images of a seed are also shown separately; for these we also
+show the nearest image of any of the nine other classes.
 
-Weight decay is lambda / 2 * sum(w^2), with the printed lambdas for FC10. That reproduces two of its
-three pairs of errors; FC10(1) comes out worse than printed, and with the paper's other possible
-reading, lambda / 10 * sum(w^2), much better, so what it was trained with remains unknown. The
-sigmoid nets take ten times the printed lambdas, which brings them nearest to the printed test
-errors. How the autoencoder was trained the paper does not tell; ours errs more.
+Weight decay is lambda / 2 * sum(w^2), with the printed lambdas for FC10. This reproduces two of the
+three pairs of errors. FC10(1) comes out worse than printed, and much better under the paper's other
+possible reading, lambda / 10 * sum(w^2), so we do not know how it was trained. The sigmoid networks
+use ten times the printed lambdas, which comes closest to the printed test errors. The paper does
+not say how the autoencoder was trained; ours has higher errors.
 """
 
 from collections.abc import Iterator
@@ -34,21 +34,21 @@ from experiments.common.victims import (
 
 
 class Options(VictimOptions):
-    """Trains the nets of Table 1 and measures how far the nearest adversarial images are."""
+    """Trains the networks of Table 1 and measures how far the nearest adversarial images are."""
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """The errors and the distortions of each net."""
+    """Measure the errors and the minimum distortions of each network."""
     key = jax.random.key(seed)
     chosen = random_victims(key, digits.test, options.images)
     rows = []
     for name in networks.table1(options.quick):
-        net = networks.load_or_train(key, name, digits.train, steps=options.steps)
+        network = networks.load_or_train(key, name, digits.train, steps=options.steps)
         errors = {
-            f"{split}_error": metrics.error_rate(net.logits_fn, some.images, some.labels)
+            f"{split}_error": metrics.error_rate(network.logits_fn, some.images, some.labels)
             for split, some in digits._asdict().items()
         }
-        found = {make.__name__: _attack(make(net.logits_fn), chosen, name) for make in ATTACKS}
+        found = {make.__name__: _attack(make(network.logits_fn), chosen, name) for make in ATTACKS}
         rows.append({"net": name, **errors, "attacks": found})
     return {"rows": rows}
 
@@ -70,7 +70,7 @@ def describe(content: Content) -> str:
     """Two tables: errors and distortions, each with the 95 % interval over the seeds."""
     errors = markdown.table(
         [
-            ("net", name),
+            ("network", name),
             ("train error, %", markdown.number(statistics.over(rows, "train_error", scale=100), 2)),
             ("paper", f"{paper.TABLE1[name].train_error:g}"),
             ("test error, %", markdown.number(statistics.over(rows, "test_error", scale=100), 2)),
@@ -83,7 +83,7 @@ def describe(content: Content) -> str:
 {errors}
 
 Mean minimum distortion (RMS per pixel) towards random classes. ✓ marks where the paper's number is
-within the 95 % prediction interval of one more seed's 256 images, ✗ where not.
+within the 95 % prediction interval for the 256 images of one more seed, ✗ where it is not.
 
 {distortions}"""
 
@@ -100,7 +100,7 @@ def _distortions(content: Content) -> Iterator[list[tuple[str, str]]]:
                 for what in ("distortion", "distortion_256", "nearest_256")
             )
             yield [
-                ("net", name),
+                ("network", name),
                 ("attack", f"`{attack.__name__}`"),
                 (f"distortion, {content['config']['images']:,} images", every),
                 ("of the first 256", few),
@@ -112,7 +112,7 @@ def _distortions(content: Content) -> Iterator[list[tuple[str, str]]]:
 
 
 def claims(content: Content) -> list[Claim]:
-    """Adversarial examples everywhere; decay makes them larger; the attack exact if convex."""
+    """Adversarial examples are everywhere; the effect of weight decay; exactness if convex."""
     found = {
         name: {
             attack.__name__: np.array([row["attacks"][attack.__name__] for row in rows])
@@ -136,25 +136,24 @@ def claims(content: Content) -> list[Claim]:
     ]
     return [
         Claim(
-            "Every net has adversarial examples next to nearly every image",
-            "every sample tried, mean distortion up to 0.14",
+            "Every network has adversarial examples close to nearly every image",
+            "every image tried, mean distortion up to 0.14",
             f"{markdown.percent(success)} of images in the worst case, mean distortion up to "
             f"{largest:.3f}",
             "holds" if success > 0.99 else "holds in part",
         ),
         Claim(
-            "More weight decay makes the nearest adversarial example of a linear net further",
+            "More weight decay moves adversarial examples of a linear network further away",
             " < ".join(f"{paper.TABLE1[name].distortion:g}" for name in linear),
             " < ".join(f"{np.mean(some):.4f}" for some in by_decay)
-            + f", so ordered in {ordered} of {len(content['runs'])} seeds",
+            + f", in this order for {ordered} of {len(content['runs'])} seeds",
             "holds" if ordered == len(content["runs"]) else "does not hold",
         ),
         Claim(
             "The penalised attack is exact where the loss is convex",
             "stated",
-            "`minimum_norm` finds nearer images of the same classes on the linear nets: `lbfgs` is "
-            + ", ".join(f"{markdown.percent(one, 1)}" for one in excess)
-            + " above",
+            "on the linear networks `minimum_norm` finds nearer images of the same classes: "
+            "`lbfgs` is " + ", ".join(f"{markdown.percent(one, 1)}" for one in excess) + " above",
             "does not hold" if max(excess) > 0.005 else "holds",
         ),
     ]

@@ -1,11 +1,12 @@
-"""Whether what misleads one net misleads another (table 2; 5 min; MNIST or a sample).
+"""Transfer between networks (table 2; 5 min; MNIST or a sample).
 
-Training images are distorted for each net, towards random other classes; a cell is the share that
-the column's net then gets wrong, as in the paper with the images that it gets wrong anyway: the
-first row shows how many these are, and net transfer leaves them out. Each seed trains the nets anew
-and draws other images; its first 256 are also shown by themselves, as many as the paper seems to
-have used. Beside the paper's control, noise of a fixed stddev, stand two closer ones: noise as far
-from each image as its adversarial one, and the adversarial distortion with its signs drawn anew.
+Training images are distorted for each network, towards random other classes. A cell is the fraction
+that the column's network then gets wrong. As in the paper, this includes the images that it gets
+wrong anyway: the row "clean" shows how many these are, and net transfer leaves them out. Each seed
+retrains the networks and draws other images. Its first 256 are also shown separately, since the
+paper seems to have used 256. The paper's control is noise of a fixed standard deviation. We add two
+stricter ones: noise with the RMS of each image's adversarial distortion, and the adversarial
+distortion with random signs.
 """
 
 from typing import Any
@@ -22,11 +23,11 @@ STDDEVS = (0.1, 0.3)
 
 
 class Options(VictimOptions):
-    """Distorts training images for each net of Table 1, and asks all the others."""
+    """Distorts training images for each network of Table 1, and shows them to all the others."""
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """How many of the distorted images each net gets wrong."""
+    """Count how many of the distorted images each network gets wrong."""
     key = jax.random.key(seed)
     chosen = random_victims(jax.random.fold_in(key, 2), digits.train, options.images)
     trained = {
@@ -34,8 +35,8 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
         for name in networks.table1(options.quick)
     }
     rows = [transfers.Images("clean", None, chosen.images)]
-    for i, net in enumerate(trained.values()):
-        found = [transfers.adversarial(attack, net, chosen) for attack in ATTACKS]
+    for i, network in enumerate(trained.values()):
+        found = [transfers.adversarial(attack, network, chosen) for attack in ATTACKS]
         rows += [*found, *transfers.controls(jax.random.fold_in(key, i), chosen, found[0])]
     for stddev in STDDEVS:
         for clipped in (False, True):
@@ -44,7 +45,7 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
 
 
 def describe(content: Content) -> str:
-    """Table 2 for each attack, of all images and of the first 256; controls; net transfer."""
+    """Table 2 for each attack, for all images and for the first 256; net transfer; controls."""
     columns, found = transfers.by_row(content)
     noise = {kind: rows for (kind, made_for), rows in found.items() if made_for is None}
     n = f"{content['config']['images']:,}"
@@ -57,11 +58,11 @@ def describe(content: Content) -> str:
     parts = []
     for attack in (attack.__name__ for attack in ATTACKS):
         parts += [
-            f"Training images distorted by `{attack}` for the row's net, {n} of each seed:",
+            f"Training images distorted by `{attack}` for the row's network, {n} per seed:",
             table(attack),
             "Of the first 256 of each seed:",
             table(attack, "_256"),
-            "Net transfer, of those images that the column's net had right:",
+            "Net transfer, among the images that the column's network gets right:",
             table(attack, "_net"),
         ]
     for control in transfers.CONTROLS:
@@ -70,7 +71,7 @@ def describe(content: Content) -> str:
 
 
 def claims(content: Content) -> list[Claim]:
-    """Transfer beyond controls; more from nets of more decay; how often the numbers agree."""
+    """Transfer exceeds the controls, weight decay increases it; how many numbers agree."""
     columns, found = transfers.by_row(content)
     noise, signs = (transfers.above(columns, found, "lbfgs", one) for one in transfers.CONTROLS)
     linear = [name for name in columns if name.startswith("FC10(")]
@@ -81,7 +82,7 @@ def claims(content: Content) -> list[Claim]:
     agreeing, cells = transfers.agreement(columns, found, "lbfgs", paper.TABLE2)
     return [
         Claim(
-            "A relatively large fraction of adversarial examples misleads nets of other "
+            "A relatively large fraction of adversarial examples misleads networks with other "
             "architectures and hyper-parameters",
             transfers.span(paper.TABLE2, columns, columns),
             f"more than noise of the same RMS: {noise}; than the same distortion with random "
@@ -89,16 +90,16 @@ def claims(content: Content) -> list[Claim]:
             "holds" if max(noise.p_value, signs.p_value) < 0.05 else "does not hold",
         ),
         Claim(
-            "Examples made for a linear net of more weight decay mislead other nets more",
+            "Examples made for a linear network with more weight decay mislead other networks more",
             "; ".join(transfers.span(paper.TABLE2, [name], others) for name in linear)
-            + " of the non-linear nets",
+            + " of the non-linear networks",
             "; ".join(markdown.percent(statistics.mean(some), 1) for some in by_decay)
-            + f" of them, so ordered in {ordered} of {seeds} seeds",
+            + f" of them, in this order for {ordered} of {seeds} seeds",
             "holds" if ordered == seeds else "does not hold",
         ),
         Claim(
             "Table 2 as printed",
-            f"{cells} rates between different nets",
+            f"{cells} rates between different networks",
             f"{agreeing} of {cells} agree: the intervals meet",
             "holds" if agreeing == cells else "holds in part",
         ),

@@ -1,9 +1,9 @@
-"""Nets trained on disjoint halves of the images (table 3; 6 min; MNIST or a sample).
+"""Networks trained on disjoint halves of the images (table 3; 6 min; MNIST or a sample).
 
-The halves P1 and P2 are drawn anew for each seed. Two nets of different shape are trained on P1,
-and the shape of the first one again on P2 (the prime), from other initial parameters. Distortions
-are those of test images towards random other classes. The paper does not tell which images its
-distortions are of; a secondary note says test images.
+Each seed draws new halves P1 and P2. Two networks of different architectures are trained on P1, and
+the first architecture again on P2 (marked by a prime), from other initial parameters. Distortions
+are those of test images towards random other classes. The paper does not say which images its
+distortions refer to; a secondary note says test images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,20 +22,22 @@ ERRORS = {"error_p1": "error on P1", "error_p2": "on P2", "test_error": "on the 
 
 
 class Options(VictimOptions):
-    """Trains the nets of Table 3 and measures their errors and distortions."""
+    """Trains the networks of Table 3 and measures their errors and distortions."""
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """The errors and the distortions of each net."""
+    """Measure the errors and the minimum distortions of each network."""
     chosen = random_victims(jax.random.key(seed), digits.test, options.images)
     halves = divide(seed, digits.train)
     rows = []
-    for name, net in train_on_halves(seed, halves, steps=options.steps).items():
+    for name, network in train_on_halves(seed, halves, steps=options.steps).items():
         errors = {
-            of: metrics.error_rate(net.logits_fn, split.images, split.labels)
+            of: metrics.error_rate(network.logits_fn, split.images, split.labels)
             for of, split in zip(ERRORS, (*halves, digits.test), strict=True)
         }
-        found = {make.__name__: _distortion(make(net.logits_fn), chosen, name) for make in ATTACKS}
+        found = {
+            make.__name__: _distortion(make(network.logits_fn), chosen, name) for make in ATTACKS
+        }
         rows.append({"net": name, **errors, "distortion": found})
     return {"rows": rows}
 
@@ -54,7 +56,7 @@ def describe(content: Content) -> str:
 
 def _cells(name: str, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     printed = paper.TABLE3[name]
-    yield "net (the paper's numbers)", name
+    yield "network (the paper's numbers)", name
     for of, heading in ERRORS.items():
         error = markdown.number(statistics.over(rows, of, scale=100), 2)
         yield f"{heading}, %", f"{error} ({getattr(printed, of):g})"
@@ -67,6 +69,6 @@ def _cells(name: str, rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
 
 
 def claims(content: Content) -> list[Claim]:
-    """None: what the paper concludes from these nets is in Table 4."""
+    """None: the paper draws its conclusions from these networks in Table 4."""
     del content
     return []

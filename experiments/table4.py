@@ -1,11 +1,11 @@
-"""Adversarial examples and other training sets (table 4; 3 min; MNIST or a sample).
+"""Transfer between training sets (table 4; 3 min; MNIST or a sample).
 
-The nets of Table 3. Test images are distorted for each, towards random other classes; a cell is the
-share that the column's net then gets wrong. For the lower half of the table each distortion is
-magnified to an RMS of 0.1, after which it may leave the box; the printed formula, read literally,
-makes it 28 times smaller, which is shown too. A distortion above 0.1 becomes smaller, and may then
-mislead not even the net that it was made for, to which the paper gives 100 %. The figure shows
-other lengths.
+The networks are those of Table 3. Test images are distorted for each, towards random other classes.
+A cell is the fraction that the column's network then gets wrong. For the lower half of the table
+each distortion is scaled to an RMS of 0.1, after which it may leave the box. Read literally, the
+printed formula makes it 28 times smaller; this is shown too. A distortion above 0.1 is scaled down,
+and may then not even mislead the network that it was made for, for which the paper prints 100 %.
+The figure shows other lengths.
 """
 
 from collections.abc import Sequence
@@ -25,22 +25,22 @@ CURVE = (0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3)
 STDDEVS = (0.06, 0.1)
 MAGNIFIED = 0.1
 LITERAL = MAGNIFIED / 28
-"""What an L2 length of 0.1 is as an RMS over the 28 x 28 pixels."""
+"""The RMS over 28 x 28 pixels of a distortion of L2 length 0.1."""
 
 
 class Options(VictimOptions):
-    """Distorts test images for each net of Table 4, and asks the others."""
+    """Distorts test images for each network of Table 4, and shows them to the others."""
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """How many of the distorted images each net gets wrong."""
+    """Count how many of the distorted images each network gets wrong."""
     key = jax.random.key(seed)
     chosen = random_victims(key, digits.test, options.images)
     trained = train_on_halves(seed, divide(seed, digits.train), steps=options.steps)
     rows = [transfers.Images("clean", None, chosen.images)]
-    for i, net in enumerate(trained.values()):
+    for i, network in enumerate(trained.values()):
         for attack in ATTACKS:
-            found = transfers.adversarial(attack, net, chosen)
+            found = transfers.adversarial(attack, network, chosen)
             lengths = (LITERAL, *CURVE)
             rows += [found, *(transfers.magnified(chosen, found, rms) for rms in lengths)]
             if attack is ATTACKS[0]:
@@ -51,7 +51,7 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
 
 
 def describe(content: Content) -> str:
-    """Both halves of Table 4 for each attack, of all images and of the first 256; controls."""
+    """Both halves of Table 4 for each attack, for all images and for the first 256; controls."""
     columns, found = transfers.by_row(content)
     n = f"{content['config']['images']:,}"
 
@@ -68,26 +68,26 @@ def describe(content: Content) -> str:
     for attack in (attack.__name__ for attack in ATTACKS):
         large = transfers.magnified_kind(attack, MAGNIFIED)
         parts += [
-            f"Test images distorted by `{attack}` for the row's net, {n} of each seed:",
+            f"Test images distorted by `{attack}` for the row's network, {n} per seed:",
             table(attack, STDDEVS[0]),
-            f"Magnified to an RMS of {MAGNIFIED:g}:",
+            f"Scaled to an RMS of {MAGNIFIED:g}:",
             table(large, STDDEVS[1]),
             f"The printed formula read literally, an RMS of {LITERAL:.4f}:",
             table(transfers.magnified_kind(attack, LITERAL), None),
             "The first two again, of the first 256 of each seed:",
             table(attack, STDDEVS[0], "_256"),
             table(large, STDDEVS[1], "_256"),
-            "Net transfer, of those images that the column's net had right:",
+            "Net transfer, among the images that the column's network gets right:",
             table(attack, STDDEVS[0], "_net"),
         ]
     for control in transfers.CONTROLS:
         parts += [f"Control for `lbfgs`, {control}:", table(control, None)]
-    parts.append("![Errors of the other nets against the RMS of the distortion](table4.png)")
+    parts.append("![Errors of the other networks against the RMS of the distortion](table4.png)")
     return "\n\n".join(parts)
 
 
 def claims(content: Content) -> list[Claim]:
-    """Transfer between training sets; more when magnified, unlike noise."""
+    """Examples transfer between training sets, and more when magnified, unlike noise."""
     columns, found = transfers.by_row(content)
     noise, signs = (transfers.above(columns, found, "lbfgs", one) for one in transfers.CONTROLS)
     large = transfers.magnified_kind("lbfgs", MAGNIFIED)
@@ -97,14 +97,14 @@ def claims(content: Content) -> list[Claim]:
     more, more_cells = transfers.agreement(columns, found, large, paper.TABLE4_MAGNIFIED)
     return [
         Claim(
-            "Adversarial examples mislead nets that were trained on other images",
+            "Adversarial examples mislead networks that were trained on other images",
             transfers.span(paper.TABLE4, columns, columns),
             f"more than noise of the same RMS: {noise}; than the same distortion with random "
             f"signs: {signs}",
             "holds" if max(noise.p_value, signs.p_value) < 0.05 else "does not hold",
         ),
         Claim(
-            "Magnified to an RMS of 0.1 they mislead them far more than noise does",
+            "Scaled to an RMS of 0.1 they mislead them far more than noise does",
             f"{transfers.span(paper.TABLE4_MAGNIFIED, columns, columns)} against "
             f"{transfers.span(paper.TABLE4_MAGNIFIED, [noise_row], columns)}",
             str(magnified),
@@ -112,27 +112,29 @@ def claims(content: Content) -> list[Claim]:
         ),
         Claim(
             "Table 4 as printed",
-            f"{cells + more_cells} rates between different nets",
-            f"{agreeing} of {cells} agree, and {more} of {more_cells} magnified ones",
+            f"{cells + more_cells} rates between different networks",
+            f"{agreeing} of {cells} agree, and {more} of the {more_cells} scaled ones",
             "holds" if agreeing + more == cells + more_cells else "holds in part",
         ),
     ]
 
 
 def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
-    """Errors against the RMS of magnified distortions, for pairs of nets of each sort."""
+    """Errors against the RMS of scaled distortions, for each kind of pair of networks."""
     del arrays
     columns, found = transfers.by_row(content)
     sorts: dict[str, list[tuple[str, int]]] = {
-        "the net itself": [],
-        "another shape, trained on the same images": [],
+        "the network itself": [],
+        "another architecture, trained on the same images": [],
         "trained on other images": [],
     }
     for row in columns:
         for i, column in enumerate(columns):
             other = row.endswith("'") != column.endswith("'")
             name = (
-                "the net itself" if row == column else "another shape, trained on the same images"
+                "the network itself"
+                if row == column
+                else "another architecture, trained on the same images"
             )
             sorts["trained on other images" if other else name].append((row, i))
 
@@ -143,11 +145,11 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
         axes.plot(CURVE, [_error(found, kind, cells) for kind in kinds], "o-", label=label)
     kinds = [transfers.gaussian_kind(rms) for rms in CURVE]
     noise = [_error(found, kind, [(None, i) for i in range(len(columns))]) for kind in kinds]
-    axes.plot(CURVE, noise, "s--", color="0.5", label="Gaussian noise, any net")
+    axes.plot(CURVE, noise, "s--", color="0.5", label="Gaussian noise, any network")
     axes.set(
-        xlabel="RMS of the magnified distortion",
+        xlabel="RMS of the scaled distortion",
         ylabel="error, %",
-        title="Test images distorted for one net, shown to",
+        title="Test images distorted for one network, shown to",
         ylim=(0, 101),
     )
     axes.legend()
@@ -156,7 +158,7 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
 
 
 def _error(found: transfers.Found, kind: str, cells: Sequence[tuple[str | None, int]]) -> float:
-    """Percent, the mean over cells and seeds."""
+    """The mean over cells and seeds, in percent."""
     return 100 * float(
         np.mean(
             [seed["wrong"][i] / seed["total"][i] for row, i in cells for seed in found[kind, row]]

@@ -1,22 +1,22 @@
-"""Lipschitz bounds of each layer, AlexNet's too (table 5; 12 min; MNIST or a sample).
+"""Lipschitz bounds of each layer, including AlexNet's (table 5; 12 min; MNIST or a sample).
 
-The paper prints a bound of each layer of a trained AlexNet and multiplies them. Three of its steps
-do not hold: the factor of a stride s is 1/s, not 1/s^2; max-pooling whose windows overlap, as
-AlexNet's do, can double a difference; and the norm of the cyclic convolution on the grid of the
-image is no bound of the one with zero padding. So each layer is shown in several readings: the
-paper's formula with either factor (by NumPy's FFT and SVD, half of the frequencies, the image
-rounded up to a multiple of the stride); two estimates from below, by power iteration and by
-Lanczos on the layer as it is; and the certified bound of `lipschitz.bound`.
+The paper prints a bound for each layer of a trained AlexNet and multiplies them. Three of its steps
+do not hold. The factor for a stride s is 1/s, not 1/s^2. Max-pooling with overlapping windows, as
+in AlexNet, can double a difference. And the norm of the cyclic convolution on the image's grid does
+not bound that of the convolution with zero padding. So each layer is shown in several readings: the
+paper's formula with either factor (NumPy's FFT and SVD, half of the frequencies, the image rounded
+up to a multiple of the stride); two lower estimates, by power iteration and by Lanczos on the layer
+itself; and the certified bound of `lipschitz.bound`.
 
-The weights of the paper's AlexNet are lost. Its architecture is measured with random ones (He et
-al., 2015), on which the times depend little, and with any that are given; the paper's numbers are
-of trained ones. A whole net is bounded by the product and, tighter, by `lipschitz.eclipse` and
-`lipschitz.lipsdp` of the chains of layers in it; the latter of AlexNet would take hours. Its slope
-is estimated from below, too: the largest norm of its Jacobian at some inputs, test digits for the
-MNIST nets and Gaussian noise for AlexNet.
+The weights of the paper's AlexNet are lost. We measure its architecture with random weights (He et
+al., 2015), which hardly affect the times, and with a weight file if one is given; the paper's
+numbers are for trained weights. A whole network is bounded by the product and, more tightly, by
+`lipschitz.eclipse` and `lipschitz.lipsdp` for the chains of layers in it; the latter would take
+hours for AlexNet. Its slope is estimated from below, by the largest norm of its Jacobian at some
+inputs: test digits for the MNIST networks, Gaussian noise for AlexNet.
 
-AlexNet is measured once, the MNIST nets for each seed. The times are of compiled programs, in
-which nothing else ran on the machine if you left it alone; compilation is shown beside them.
+AlexNet is measured once, the MNIST networks for each seed. The times are those of compiled programs
+on an otherwise idle machine; compilation is reported separately.
 """
 
 import dataclasses
@@ -34,16 +34,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree
 
 from advjax import lipschitz, models
-from advjax.lipschitz.bound import linear_layers
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense
+from advjax.lipschitz import Conv, Dense
 from experiments.common import markdown, networks, paper, statistics
 from experiments.common.claims import Claim
 from experiments.common.measure import Content, Row, grouped
 from experiments.common.options import DigitOptions, Digits, trial
 from experiments.common.slopes import estimate, input_like, steepest
 
-NETS = ("FC100-100-10", "ConvNet")
+NETWORKS = ("FC100-100-10", "ConvNet")
 PAPERS = "AlexNet, random weights"
 GIVEN = "AlexNet, given weights"
 
@@ -64,38 +62,38 @@ _WORDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(DigitOptions):
-    """Bounds each layer of each net in the paper's way and in ours, and times AlexNet's."""
+    """Bounds each layer of each network in the paper's way and in ours, and times AlexNet's."""
 
     images: int = 256
-    """At how many test images to take the slope of the MNIST nets."""
+    """At how many test images to estimate the slope of the MNIST networks."""
     weights: Path | None = None
-    """A file of torchvision's AlexNet, of PyTorch or safetensors, to bound too."""
+    """A weight file of torchvision's AlexNet, PyTorch or safetensors, to bound too."""
     seeds: int = 3
     TRIAL = trial(images=16, seeds=1)
     TRIAL_STEPS = 20
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """The bounds of each net."""
+    """Bound each network."""
     key = jax.random.key(seed)
     inputs = jnp.asarray(digits.test.images[: options.images])
     rows = []
-    for name in NETS[:1] if options.quick else NETS:
-        net = networks.load_or_train(key, name, digits.train, steps=options.steps)
-        rows.append(_bounds(name, net.logits_fn, inputs))
+    for name in NETWORKS[:1] if options.quick else NETWORKS:
+        network = networks.load_or_train(key, name, digits.train, steps=options.steps)
+        rows.append(_bounds(name, network.logits_fn, inputs))
     if seed == 0:
         alexnets = _alexnets(jax.random.fold_in(key, 5), options.weights, options.quick)
         rows += [_bounds(*alexnet) for alexnet in alexnets]
     return {"rows": rows, "pool_stretch": _pool_stretch()}
 
 
-# --- the nets --------------------------------------------------------------------------------
+# --- the networks --------------------------------------------------------------------------------
 
 
 def _alexnets(
     key: Key[Array, ""], weights: Path | None, quick: bool
 ) -> Iterator[tuple[str, jax.tree_util.Partial, Float[Array, "n height width 3"]]]:
-    """The name, the logits and some inputs of each AlexNet."""
+    """The name, the logits function and some inputs of each AlexNet."""
     small = {"channels": (8, 12, 12, 12, 8), "features": (16, 16, 10)}
     wide = {"channels": (96, 256, 384, 384, 256)}
     options: dict[str, Any] = small if quick else wide
@@ -127,10 +125,10 @@ def _he(key: Key[Array, ""], shapes: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Arr
 
 
 def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) -> Row:
-    """Each layer of a net in all readings, and the net as a whole."""
+    """Bound each layer of a network in all readings, and the network as a whole."""
     print(f"{name}: bounding", flush=True)
     bound, seconds = _timed(lipschitz.bound, logits_fn, inputs[0])
-    linear = iter(linear_layers(logits_fn, inputs[0]))
+    linear = iter(lipschitz.linear_layers(logits_fn, inputs[0]))
     layers = []
     for layer in bound.layers:
         *modules, operation = layer.name.split("/")
@@ -139,12 +137,12 @@ def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) ->
             {
                 "layer": modules[-1] if is_linear else _WORDS.get(operation, operation),
                 "bound": float(layer.gain),
-                **(_readings(*next(linear)) if is_linear else {}),
+                **(_readings(next(linear)) if is_linear else {}),
             }
         )
     tighter = {
         method: float(lipschitz.bound(logits_fn, inputs[0], method=TIGHTER[method]).constant)
-        for method in (TIGHTER if name in NETS else ("eclipse",))
+        for method in (TIGHTER if name in NETWORKS else ("eclipse",))
     }
     return {
         "net": name,
@@ -156,38 +154,35 @@ def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) ->
     }
 
 
-def _readings(layer: Dense | Convolution, kernels: Float[Array, "1 *kernel"]) -> dict[str, Any]:
-    """The norm of a layer in each other way, how long each took, and the stride."""
-    (kernel,) = kernels
+def _readings(stack: Dense | Conv) -> dict[str, Any]:
+    """The other readings of a layer's norm, their times, and the stride."""
+    layer = jax.tree.map(lambda kernels: kernels[0], stack)
     found, seconds = {}, {}
     for name, method in (("power", lipschitz.power_iteration), ("lanczos", lipschitz.lanczos)):
-        compiled = estimate.lower(method, layer, kernel).compile()
-        found[name], seconds[name] = _timed(compiled, kernel)
-    found["unscaled"], seconds["numpy"] = _timed(unscaled_norm, layer, np.asarray(kernel))
-    # Compiled already, for the bound of the net.
-    apply, like = functools.partial(layer.apply, kernel), input_like(layer, kernel)
-    _, seconds["bound"] = _timed(functools.partial(lipschitz.bound, apply), like)
-    stride = layer.axes[0].stride if isinstance(layer, Convolution) else 1
+        compiled = estimate.lower(method, layer).compile()
+        found[name], seconds[name] = _timed(compiled, layer)
+    found["unscaled"], seconds["numpy"] = _timed(unscaled_norm, layer)
+    # Already compiled for the bound of the whole network.
+    like = input_like(layer)
+    _, seconds["bound"] = _timed(functools.partial(lipschitz.bound, layer.apply), like)
+    stride = layer.axes[0].stride if isinstance(layer, Conv) else 1
     values = {name: float(value) for name, value in found.items()}
     return {**values, "stride": stride, "seconds": seconds}
 
 
 def _timed(fn: Callable, *args: Any) -> tuple[Any, float]:
-    """What a function returns, and after how many seconds."""
+    """Return the result of a function, and the seconds that it took."""
     start = time.perf_counter()
     found = jax.block_until_ready(fn(*args))
     return found, time.perf_counter() - start
 
 
-def unscaled_norm(
-    layer: Dense | Convolution, kernel: Float[np.ndarray, "*window in out"]
-) -> Float[np.ndarray, ""]:
-    """The paper's `sup |A(xi)|`, without its factor for the stride, by NumPy.
+def unscaled_norm(layer: Dense | Conv) -> Float[np.ndarray, ""]:
+    """Compute the paper's `sup |A(xi)|`, without its factor for the stride, with NumPy.
 
     Args:
-        layer: A dense layer, or a convolution along two axes, taken as cyclic on the grid of its
-            input, rounded up to a multiple of the stride.
-        kernel: Its kernel.
+        layer: A dense layer, or a convolution along two axes, which is taken as cyclic on the grid
+            of its input, rounded up to a multiple of the stride.
 
     Returns:
         The largest singular value of all A(xi), whose rows are the aliases of a frequency. Half of
@@ -195,11 +190,12 @@ def unscaled_norm(
 
     Source: Szegedy et al. (2013), section 4.3.
     """
+    kernel = np.asarray(layer.kernel)
     if isinstance(layer, Dense):
         return np.linalg.svd(kernel, compute_uv=False)[0]
     (rows, s), (columns, t) = ((-(-a.size // a.stride), a.stride) for a in layer.axes)
     spectrum = np.fft.fft2(kernel, (rows * s, columns * t), axes=(0, 1))
-    # Frequency `xi + l N / s` of the input goes into frequency xi of the output, for each l.
+    # Frequencies `xi + l N / s` of the input, for all l, map to frequency xi of the output.
     aliases = spectrum.reshape(s, rows, t, columns, *kernel.shape[2:])[:, :, :, : columns // 2 + 1]
     matrices = np.moveaxis(aliases, (0, 2), (2, 3))
     matrices = matrices.reshape(*matrices.shape[:2], -1, kernel.shape[-1])
@@ -207,9 +203,9 @@ def unscaled_norm(
 
 
 def _pool_stretch() -> float:
-    """How much longer AlexNet's pooling makes a difference: of two images but for one pixel."""
+    """By how much AlexNet's pooling stretches a difference of one pixel."""
 
-    def pool(x):
+    def pool(x: Array) -> Array:
         return nn.max_pool(x, (3, 3), (2, 2))
 
     pixel = jnp.zeros((5, 5, 1)).at[2, 2].set(1.0)
@@ -220,7 +216,7 @@ def _pool_stretch() -> float:
 
 
 def describe(content: Content) -> str:
-    """A table for each net, one of the nets as a whole, and one of the times."""
+    """A table for each network, one for the whole networks, and one of the times."""
     parts = []
     for row in content["runs"][0]["rows"]:
         parts.append(f"{row['net']}, seed 0:\n\n{_layers(row)}")
@@ -228,7 +224,7 @@ def describe(content: Content) -> str:
             parts.append(_corrected(row))
     whole = markdown.table(
         [
-            ("net", name),
+            ("network", name),
             ("product", _over([row["bound"] for row in rows])),
             *(
                 (
@@ -241,9 +237,9 @@ def describe(content: Content) -> str:
         ]
         for name, rows in grouped(content, "net").items()
     )
-    parts.append(f"The nets as a whole, over the seeds:\n\n{whole}")
-    parts += [_times(row) for row in content["runs"][0]["rows"] if row["net"] not in NETS]
-    parts[0] = "A product is that of the rows that its column has.\n\n" + parts[0]
+    parts.append(f"The whole networks, over the seeds:\n\n{whole}")
+    parts += [_times(row) for row in content["runs"][0]["rows"] if row["net"] not in NETWORKS]
+    parts[0] = "Products are over the rows that have a value.\n\n" + parts[0]
     return "\n\n".join(parts)
 
 
@@ -252,7 +248,7 @@ def _over(values: Sequence[float]) -> str:
 
 
 def _layers(row: Row) -> str:
-    printed = iter(paper.TABLE5.values() if row["net"] not in NETS else ())
+    printed = iter(paper.TABLE5.values() if row["net"] not in NETWORKS else ())
     lines: list[list[float | None]] = []
     for layer in row["layers"]:
         readings: list[float | None] = [None] * 5
@@ -309,14 +305,14 @@ def _times(row: Row) -> str:
         ],
     )
     return f"""\
-{row["net"]}: seconds for each layer, and in brackets the value, over that of Lanczos. The bound of
-the whole net took {row["seconds"]:.1f} s the first time, compilation included.
+{row["net"]}: seconds for each layer, and in brackets the value divided by that of Lanczos. The
+first bound of the whole network took {row["seconds"]:.1f} s, including compilation.
 
 {times}"""
 
 
 def claims(content: Content) -> list[Claim]:
-    """Products bound the net; the factor of a stride; pooling; the numbers of Table 5."""
+    """Products bound the network; the stride's factor; pooling; the numbers of Table 5."""
     every = [row for run in content["runs"] for row in run["rows"]]
     looseness, tightest = (
         {
@@ -341,29 +337,29 @@ def claims(content: Content) -> list[Claim]:
     given = [row for row in every if row["net"] == GIVEN]
     return [
         Claim(
-            "A net is at most as steep as the product of its layers' bounds",
+            "A network is at most as steep as the product of its layers' bounds",
             "stated; 7.9e5 for AlexNet",
-            "never exceeded, but loose: the steepest slope found is smaller by a factor of "
+            "never exceeded, but loose: it exceeds the steepest slope found by a factor of "
             + ", ".join(f"{np.mean(some):.3g} ({name})" for name, some in looseness.items())
-            + "; than the tightest of our bounds by "
+            + "; the tightest of our bounds does so by "
             + ", ".join(f"{np.mean(some):.3g}" for some in tightest.values()),
             "holds" if min(map(min, tightest.values())) >= 1 else "does not hold",
         ),
         Claim(
             "A convolution of stride s has the norm sup |A(ξ)| / s²",
             "stated",
-            "estimated from below it is "
+            "the lower estimate is "
             + ", ".join(f"{more:.2f} (s = {s})" for s, more in sorted(short.items()))
             + " times that: the factor is 1/s. With it the cyclic norm on the image's grid, which "
-            f"is no bound where zeros are padded, happens to be one of {held} of the "
+            f"is no bound under zero padding, happens to bound {held} of the "
             f"{len(convolutions)} convolutions",
             "does not hold" if max(short.values()) > 1.001 else "holds",
         ),
         Claim(
             "Max-pooling is contractive",
             "stated",
-            f"one pixel, where four of AlexNet's windows overlap, moves the result {stretch:g} "
-            "times as far",
+            f"a change of one pixel where four of AlexNet's windows overlap changes the result "
+            f"{stretch:g} times as much",
             "does not hold" if stretch > 1 else "holds",
         ),
         Claim(
@@ -371,7 +367,7 @@ def claims(content: Content) -> list[Claim]:
             "Table 5",
             "its weights are lost; with random ones the certified bounds are "
             + _span([row for row in every if row["net"] == PAPERS])
-            + "".join(f", with those that were given {_span([row])}" for row in given),
+            + "".join(f", with the given ones {_span([row])}" for row in given),
             "cannot be tested here",
         ),
     ]

@@ -1,13 +1,13 @@
 """Refilled lanes against fixed batches (no figure; 1 min; MNIST or a sample).
 
-The same images are attacked on one device in batches of the same size: such that an image that is
-done makes room for the next one, and under `jax.vmap`, such that a batch waits for its slowest
-image; and in refilled lanes on all devices, of which a CPU has one for each core here. Compilation
-is left out. The last column sets the time beside that of the evaluations alone, as plain batched
-gradients.
+The same images are attacked in batches of the same size in three ways: under `jax.vmap` on one
+device, where a batch waits for its slowest image; in refilled lanes on one device, where the next
+image takes the place of a finished one; and in refilled lanes on all devices. Here a CPU has one
+device for each core. Compilation is not counted. The last column divides the time by that of the
+evaluations alone, as plain batched gradients.
 
 Expected on a CPU: refilled lanes about twice as fast as fixed batches, and all devices at 3 to 5
-times what the gradients take; a batch of 64 to 128 is best.
+times the time of the gradients; a batch of 64 to 128 is best.
 """
 
 import dataclasses
@@ -32,19 +32,19 @@ ATTACKS = (attacks.minimum_norm, attacks.lbfgs)
 class Options(DigitOptions):
     """Times both attacks with each batch size, with and without refilling."""
 
-    net: str = "FC100-100-10"
-    """The net to attack, by the paper's name."""
+    network: str = "FC100-100-10"
+    """The network to attack, by the paper's name."""
     images: int = 2000
     """How many test images."""
     batch_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)
-    """How many images each device has in work."""
+    """The number of lanes on each device."""
     TRIAL = trial(images=64, batch_sizes=(16,))
 
 
 def measure(options: Options, digits: Digits, seed: int) -> Row:
-    """The time of each attack with each batch size in each way."""
+    """Time each attack with each batch size, in each way."""
     key = jax.random.key(seed)
-    victim = networks.load_or_train(key, options.net, digits.train, steps=options.steps)
+    victim = networks.load_or_train(key, options.network, digits.train, steps=options.steps)
     chosen = victims(victim, digits.test, options.images)
     xs, targets = chosen.images, chosen.targets
     gradient = time_of_a_gradient(victim.logits_fn, xs[:BATCH_SIZE], targets[:BATCH_SIZE])
@@ -91,10 +91,10 @@ def lanes(
 def fixed_batches(
     attack: attacks.Attack, batch_size: int
 ) -> Callable[[np.ndarray, np.ndarray], attacks.AttackResult]:
-    """One batch after the other under `jax.vmap`, the last one filled up with the first images."""
+    """Batches in sequence under `jax.vmap`, the last one padded with the first images."""
     run = vmapped(attack)
 
-    def attack_images(xs, targets):
+    def attack_images(xs: np.ndarray, targets: np.ndarray) -> attacks.AttackResult:
         order = np.resize(np.arange(len(xs)), (-(-len(xs) // batch_size), batch_size))
         found = [jax.device_get(run(xs[batch], targets[batch])) for batch in order]
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(xs)], *found)
@@ -106,14 +106,14 @@ def describe(content: Content) -> str:
     """A line for each attack and batch size."""
     run = content["runs"][0]
     return f"""\
-{content["config"]["net"]}, {run["images"]} test images on {run["devices"]} devices; a gradient in a
-batch takes {run["microseconds_a_gradient"]:.1f} us an image.
+{content["config"]["network"]}, {run["images"]} test images on {run["devices"]} devices; a batched
+gradient takes {run["microseconds_a_gradient"]:.1f} us per image.
 
 {table(run["rows"])}"""
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as text."""
+    """A line for each attack and batch size."""
     return markdown.table(
         [
             ("attack", one["attack"]),

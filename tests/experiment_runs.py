@@ -27,10 +27,10 @@ class Run(NamedTuple):
     folder: Path
 
 
-def run(experiment: ModuleType, folder: Path, **options: Any) -> Run:
+def run(experiment: ModuleType, out: Path, **options: Any) -> Run:
     """Runs an experiment in its quick form."""
-    options = {"quick": True, "out": folder, **options}
-    return Run(experiment, measure.run(experiment, experiment.Options(**options)), folder)
+    options = {"quick": True, "out": out, **options}
+    return Run(experiment, measure.run(experiment, experiment.Options(**options)), out)
 
 
 def quick(experiment: ModuleType) -> Any:
@@ -55,7 +55,7 @@ def check(found: Run, monkeypatch: pytest.MonkeyPatch, *, kilobytes: int = 400) 
     before = [picture.read_bytes() for picture in pictures]
     for picture in pictures:
         with Image.open(picture) as figure:
-            assert 600 <= figure.width <= 1000
+            assert 250 <= figure.width <= 1000
         assert picture.stat().st_size < 1000 * kilobytes
         picture.unlink()
     monkeypatch.setattr(experiment, "measure", None)

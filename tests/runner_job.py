@@ -39,7 +39,7 @@ def draw(n):
 
 
 LOGITS_FN = functools.partial(apply, parameters(0))
-ATTACK = functools.partial(attacks.minimum_norm, LOGITS_FN)
+ATTACK = attacks.minimum_norm(LOGITS_FN)
 XS, TARGETS = draw(60)
 
 

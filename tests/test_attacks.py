@@ -18,7 +18,7 @@ each_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: atta
 @functools.cache
 def attack_all(attack, victims, **options):
     """One attack on all images of one net."""
-    run = jax.jit(jax.vmap(functools.partial(attack, victims.logits_fn, **options)))
+    run = jax.jit(jax.vmap(attack(victims.logits_fn, **options)))
     return run(victims.images, victims.targets)
 
 
@@ -94,31 +94,31 @@ def test_the_norm_of_the_paper_as_printed_works_too(victims, gold_distortions):
     assert float(result.distortion.mean()) <= 1.01 * gold_distortions[victims]
 
 
-def test_the_weight_of_lbfgs_is_the_c_that_its_point_minimises(fc100):
+def test_the_multiplier_of_lbfgs_is_the_c_that_its_point_minimises(fc100):
     x, target = fc100.images[0], fc100.targets[0]
-    result = attacks.lbfgs(fc100.logits_fn, x, target, tol=1e-3)
+    result = attacks.lbfgs(fc100.logits_fn, tol=1e-3)(x, target)
 
     def objective(x_adv):
         loss = losses.cross_entropy(fc100.logits_fn(x_adv), target)
-        return result.weight * losses.squared_l2(x_adv - x) + loss
+        return result.multiplier * losses.squared_l2(x_adv - x) + loss
 
     best = solvers.minimize(objective, x, max_evals=500)
     np.testing.assert_allclose(objective(result.x_adv), best.value, rtol=1e-4)
     np.testing.assert_allclose(result.distortion, metrics.distortion(x, best.x), rtol=5e-3)
 
 
-def test_the_weight_of_minimum_norm_tells_what_more_margin_costs(fc10):
+def test_the_multiplier_of_minimum_norm_tells_what_more_margin_costs(fc10):
     run = functools.partial(attacks.minimum_norm, fc10.logits_fn, tol=1e-4)
     x, target = fc10.images[1], fc10.targets[1]
-    less, more = run(x, target, confidence=0.5), run(x, target, confidence=0.6)
+    less, more = run(confidence=0.5)(x, target), run(confidence=0.6)(x, target)
     growth = x.size * (more.distortion**2 - less.distortion**2) / 2
-    np.testing.assert_allclose(growth, 0.1 * (less.weight + more.weight) / 2, rtol=0.02)
+    np.testing.assert_allclose(growth, 0.1 * (less.multiplier + more.multiplier) / 2, rtol=0.02)
 
 
 @each_attack
 @pytest.mark.parametrize("confidence", [0.0, 0.01, 3.0])
 def test_confidence_is_the_margin_of_the_target(attack, confidence, fc100):
-    run = jax.vmap(functools.partial(attack, fc100.logits_fn, confidence=confidence))
+    run = jax.vmap(attack(fc100.logits_fn, confidence=confidence))
     result = run(fc100.images[:10], fc100.targets[:10])
     margins = jax.vmap(metrics.margin)(jax.vmap(fc100.logits_fn)(result.x_adv), fc100.targets[:10])
     assert bool(jnp.all(result.success))
@@ -129,8 +129,8 @@ def test_confidence_is_the_margin_of_the_target(attack, confidence, fc100):
 @each_attack
 def test_scaling_the_pixels_scales_the_answer(attack, fc100):
     images, targets = fc100.images[:20], fc100.targets[:20]
-    plain = jax.vmap(functools.partial(attack, fc100.logits_fn))(images, targets)
-    scaled = functools.partial(attack, lambda x: fc100.logits_fn(x / 255), box=(0, 255))
+    plain = jax.vmap(attack(fc100.logits_fn))(images, targets)
+    scaled = attack(lambda x: fc100.logits_fn(x / 255), box=(0, 255))
     result = jax.vmap(scaled)(255 * images, targets)
     assert bool(jnp.all(result.success))
     # The median, as rounding may lead a few images to another local minimum.
@@ -141,9 +141,8 @@ def test_scaling_the_pixels_scales_the_answer(attack, fc100):
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_scaling_the_logits_leaves_the_nearest_image_as_it_is(scale, fc100):
     images, targets = fc100.images[:20], fc100.targets[:20]
-    run = functools.partial(attacks.minimum_norm, fc100.logits_fn)
-    plain = jax.vmap(run)(images, targets)
-    scaled = functools.partial(attacks.minimum_norm, lambda x: scale * fc100.logits_fn(x))
+    plain = jax.vmap(attacks.minimum_norm(fc100.logits_fn))(images, targets)
+    scaled = attacks.minimum_norm(lambda x: scale * fc100.logits_fn(x))
     result = jax.vmap(scaled)(images, targets)
     assert bool(jnp.all(result.success))
     assert float(jnp.median(result.distortion / plain.distortion)) == pytest.approx(1, rel=1e-3)
@@ -164,8 +163,8 @@ def test_a_thousand_classes_take_about_as_many_evaluations(fc100):
 
     images = fc100.images[:20]
     targets = jnp.argsort(jax.vmap(thousand)(images), axis=1)[:, -5]
-    result = jax.vmap(functools.partial(attacks.minimum_norm, thousand))(images, targets)
-    penalised = jax.vmap(functools.partial(attacks.lbfgs, thousand))(images, targets)
+    result = jax.vmap(attacks.minimum_norm(thousand))(images, targets)
+    penalised = jax.vmap(attacks.lbfgs(thousand))(images, targets)
     assert bool(jnp.all(result.success))
     assert float(result.num_evals.mean()) <= 100
     assert float(result.distortion.mean()) <= 0.95 * float(penalised.distortion.mean())
@@ -175,8 +174,8 @@ def test_a_thousand_classes_take_about_as_many_evaluations(fc100):
 def test_another_solver_may_be_passed(attack, fc100):
     run = functools.partial(attack, fc100.logits_fn)
     images, targets = fc100.images[:3], fc100.targets[:3]
-    plain = jax.vmap(run)(images, targets)
-    other = jax.vmap(functools.partial(run, solver=solvers.jaxopt_lbfgsb()))(images, targets)
+    plain = jax.vmap(run())(images, targets)
+    other = jax.vmap(run(solver=solvers.jaxopt_lbfgsb()))(images, targets)
     assert bool(jnp.all(other.success))
     np.testing.assert_allclose(other.distortion, plain.distortion, rtol=0.02)
 
@@ -185,13 +184,13 @@ def test_another_solver_may_be_passed(attack, fc100):
 def test_untargeted_is_the_nearest_of_all_targets(attack, fc10):
     x = fc10.images[0]
     label = jnp.argmax(fc10.logits_fn(x))
-    result = attacks.untargeted(attack, fc10.logits_fn, x, label)
-    every = jax.vmap(lambda t: attack(fc10.logits_fn, x, t))(jnp.arange(10))
+    result = attacks.untargeted(attack(fc10.logits_fn))(x, label)
+    every = jax.vmap(lambda t: attack(fc10.logits_fn)(x, t))(jnp.arange(10))
     others = np.delete(np.asarray(every.distortion), int(label))
     np.testing.assert_allclose(result.distortion, others.min(), rtol=1e-4)
     assert int(result.num_evals) >= 9 * int(every.num_evals.min())
     assert int(result.prediction) != int(label)
-    one = attacks.untargeted(attack, fc10.logits_fn, x, label, k=1)
+    one = attacks.untargeted(attack(fc10.logits_fn), k=1)(x, label)
     second = int(jnp.argsort(fc10.logits_fn(x))[-2])
     np.testing.assert_allclose(one.distortion, every.distortion[second], rtol=1e-4)
 
@@ -199,6 +198,6 @@ def test_untargeted_is_the_nearest_of_all_targets(attack, fc10):
 def test_untargeted_leaves_alone_what_the_net_gets_wrong_already(fc10):
     x = fc10.images[0]
     wrong = (jnp.argmax(fc10.logits_fn(x)) + 1) % 10
-    result = attacks.untargeted(attacks.lbfgs, fc10.logits_fn, x, wrong, k=3)
+    result = attacks.untargeted(attacks.lbfgs(fc10.logits_fn), k=3)(x, wrong)
     assert float(result.distortion) == 0
     assert bool(result.success)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advjax import attacks, losses
+from advjax import attacks, losses, runner
 
 Status = attacks.Status
 each_attack = pytest.mark.parametrize(
@@ -36,15 +36,17 @@ def linear(x):
         (("net", X, 1), TypeError, r"logits_fn: str, expected a function"),
         ((lambda x: linear(x)[None], X, 1), ValueError, r"\(1, 3\).*model\(x\[None\]\)\[0\]"),
         ((lambda x: x @ X, X, 1), ValueError, r"shape \(2, 2\).*ONE example"),
-        ((jnp.sum, X, 1), ValueError, r"shape \(\).*one logit for each class"),
-        ((lambda x: linear(x)[:1], X, 1), ValueError, r"shape \(1,\).*at least 2 classes"),
+        ((jnp.sum, X, 1), ValueError, r"shape \(\).*jnp.stack\(\[jnp.zeros_like"),
+        ((lambda x: linear(x)[:1], X, 1), ValueError, r"shape \(1,\).*at least 2 .*jnp.stack"),
+        ((linear, X, None), TypeError, "target: None, expected an integer class index"),
         ((lambda x: linear(x) > 0, X, 1), TypeError, r"dtype bool, expected floating logits"),
         ((lambda x: (linear(x), x), X, 1), TypeError, r"returns a tuple.*model\(x\)\[0\]"),
     ],
 )
 def test_arguments_of_the_wrong_type_or_shape_are_named(attack, arguments, error, message):
+    logits_fn, x, target = arguments
     with pytest.raises(error, match=message):
-        jax.jit(lambda: attack(*arguments))()
+        jax.jit(lambda: attack(logits_fn)(x, target))()
 
 
 @each_attack
@@ -63,27 +65,27 @@ def test_arguments_of_the_wrong_type_or_shape_are_named(attack, arguments, error
 )
 def test_options_out_of_range_are_named(attack, options, message):
     with pytest.raises(ValueError, match=message):
-        attack(linear, X, 1, **options)
+        attack(linear, **options)(X, 1)
 
 
 @each_attack
 def test_an_unknown_option_is_named(attack):
     with pytest.raises(TypeError, match="max_iterations"):
-        attack(linear, X, 1, max_iterations=3)
+        attack(linear, max_iterations=3)
 
 
 def test_losses_and_penalties_that_are_not_scalar_are_named():
     with pytest.raises(ValueError, match=r"loss: returns shape \(3,\)"):
-        attacks.lbfgs(linear, X, 1, loss=lambda logits, target: logits)
+        attacks.lbfgs(linear, loss=lambda logits, target: logits)(X, 1)
     with pytest.raises(ValueError, match=r"penalty: returns shape \(2, 2\)"):
-        attacks.lbfgs(linear, X, 1, penalty=jnp.abs)
+        attacks.lbfgs(linear, penalty=jnp.abs)(X, 1)
 
 
 def test_untargeted_names_its_own_arguments():
     with pytest.raises(TypeError, match=r"label: dtype float32"):
-        attacks.untargeted(attacks.lbfgs, linear, X, jnp.float32(0))
+        attacks.untargeted(attacks.lbfgs(linear))(X, jnp.float32(0))
     with pytest.raises(ValueError, match=r"k: 0, expected an integer"):
-        attacks.untargeted(attacks.lbfgs, linear, X, 0, k=0)
+        attacks.untargeted(attacks.lbfgs(linear), k=0)
 
 
 # What the data tell, told by the status.
@@ -97,7 +99,7 @@ def check_invariants(result, logits_fn, x, target, box):
     assert result.x_adv.dtype == x.dtype
     assert np.all(np.isfinite(x_adv))
     assert np.isfinite(result.distortion)
-    assert np.isfinite(result.weight)
+    assert np.isfinite(result.multiplier)
     assert int(result.status) in set(Status) - {Status.RUNNING}
     if np.all(lower <= upper):
         assert np.all((lower <= x_adv) & (x_adv <= upper))
@@ -110,7 +112,12 @@ def check_invariants(result, logits_fn, x, target, box):
         assert not result.success
     else:
         assert int(result.prediction) == np.argmax(logits)
-        untried = (Status.NONFINITE, Status.INVALID_TARGET, Status.EMPTY_BOX)
+        untried = (
+            Status.NONFINITE,
+            Status.INVALID_TARGET,
+            Status.EMPTY_BOX,
+            Status.OUTSIDE_BOX,
+        )
         taken = int(result.prediction) == target and int(result.status) not in untried
         assert bool(result.success) == taken
     assert (result.status == Status.INVALID_TARGET) <= (not 0 <= target < len(logits))
@@ -119,7 +126,7 @@ def check_invariants(result, logits_fn, x, target, box):
 
 @functools.cache
 def compiled(attack, logits_fn, **options):
-    return jax.jit(lambda x, target, box: attack(logits_fn, x, target, box=box, **options))
+    return jax.jit(lambda x, target, box: attack(logits_fn, box=box, **options)(x, target))
 
 
 def run(attack, logits_fn, x, target, box=(0.0, 1.0), **options):
@@ -130,10 +137,12 @@ def run(attack, logits_fn, x, target, box=(0.0, 1.0), **options):
 
 
 @each_attack
-def test_an_image_outside_the_box_is_moved_into_it(attack):
-    result = run(attack, linear, X + jnp.array([[0.5, 0.0], [0.0, -3.0]]), 1)
+def test_an_image_outside_the_box_by_a_rounding_is_moved_into_it(attack):
+    x = jnp.array([[1.0005, 0.2], [-0.0005, 0.1]])
+    result = run(attack, linear, x, 1)
     assert bool(result.success)
-    assert float(result.distortion) > 1.4  # the way into the box counts
+    inside = run(attack, linear, jnp.clip(x, 0, 1), 1)
+    np.testing.assert_allclose(result.distortion, inside.distortion, atol=1e-3)
 
 
 @each_attack
@@ -179,7 +188,9 @@ def test_a_class_out_of_reach_is_not_found(attack):
 def test_a_constant_model_gives_its_one_class_alone(attack, target):
     result = run(attack, lambda x: jnp.zeros(3), X, target)
     assert bool(result.success) == (target == 0)
-    assert int(result.status) == (Status.ALREADY_TARGET if target == 0 else Status.NOT_FOUND)
+    assert int(result.status) == (
+        Status.ALREADY_TARGET if target == 0 else Status.VANISHING_GRADIENT
+    )
     np.testing.assert_array_equal(result.x_adv, X)
 
 
@@ -237,7 +248,7 @@ def test_a_box_of_one_point_leaves_nothing_to_find(attack):
 @each_attack
 def test_a_box_of_one_point_of_the_target_class_is_taken(attack):
     point = jnp.array([[0.0, 1.0], [0.0, 0.0]])
-    result = run(attack, linear, X, 1, box=(point, point))
+    result = run(attack, linear, point, 1, box=(point, point))
     assert bool(result.success)
 
 
@@ -262,7 +273,7 @@ def test_a_budget_is_kept(attack, max_evals):
 def test_the_failure_of_one_lane_leaves_the_others_alone(attack):
     images = jnp.stack([X, X * jnp.nan, X, X])
     targets = jnp.array([1, 1, 7, 2])
-    run = jax.jit(functools.partial(attack, linear))
+    run = jax.jit(attack(linear))
     result = jax.vmap(run)(images, targets)
     np.testing.assert_array_equal(result.success, [True, False, False, True])
     for i in (0, 3):
@@ -279,3 +290,98 @@ def test_a_hinge_loss_that_vanishes_on_success_works_too():
     plain = run(attacks.lbfgs, linear, X, 1, loss=losses.cross_entropy)
     assert bool(result.success)
     assert float(result.distortion) <= 1.05 * float(plain.distortion)
+
+
+# Models and images that are not what an attack expects.
+
+KEYS = jax.random.split(jax.random.key(7), 3)
+WEIGHTS = jax.random.normal(KEYS[0], (20, 10))
+IMAGE = jax.random.uniform(KEYS[1], (20,))
+DEEP = jax.random.normal(KEYS[2], (20, 10)) * 8
+
+
+def third(logits_fn):
+    """The class of the third-largest logit of the image."""
+    return int(jnp.argsort(logits_fn(IMAGE))[-3])
+
+
+@each_attack
+@pytest.mark.parametrize("low", [-1e9, -1e30, -1e4, -300.0])
+def test_a_class_masked_by_a_low_logit_is_masked_as_by_minus_infinity(attack, low):
+    def masked(x, value):
+        return jnp.where(jnp.arange(10) < 5, x @ WEIGHTS, value)
+
+    target = third(functools.partial(masked, value=-jnp.inf))
+    expected = attack(functools.partial(masked, value=-jnp.inf))(IMAGE, target)
+    result = attack(functools.partial(masked, value=jnp.float32(low)))(IMAGE, target)
+    assert int(result.status) == Status.CONVERGED
+    np.testing.assert_allclose(result.distortion, expected.distortion, rtol=1e-3)
+    assert int(result.num_evals) <= int(expected.num_evals) + 5
+
+
+@each_attack
+@pytest.mark.parametrize("constant", [100.0, -100.0, 1e4, -1e4])
+def test_a_constant_added_to_all_logits_changes_little(attack, constant):
+    target = third(lambda x: x @ WEIGHTS)
+    plain = attack(lambda x: x @ WEIGHTS)(IMAGE, target)
+    result = attack(lambda x: x @ WEIGHTS + constant)(IMAGE, target)
+    assert int(result.status) == Status.CONVERGED
+    assert bool(result.success)
+    # A logit of 1e4 is rounded to 1e-3 in float32, of a spread of about ten.
+    np.testing.assert_allclose(result.distortion, plain.distortion, rtol=5e-3)
+    np.testing.assert_allclose(result.multiplier, plain.multiplier, rtol=0.05)
+    assert int(result.num_evals) <= 2 * int(plain.num_evals) + 25
+
+
+@each_attack
+def test_pixels_in_0_to_255_with_the_default_box_are_refused(attack):
+    message = r"x: values in \[.*\], expected the box \[0, 1\]; scale it to \[0, 1\].*x / 255"
+    with pytest.raises(ValueError, match=message):
+        attack(linear)(255 * X, 1)
+    with pytest.raises(ValueError, match=message):
+        attacks.untargeted(attack(linear))(255 * X, 1)
+    with pytest.raises(ValueError, match=r"xs: values in .*xs / 255"):
+        runner.attack_images(attack(linear), np.asarray([X, 255 * X]), np.array([1, 1]))
+    with pytest.raises(ValueError, match=r"x: values in \[-0\.8, 0\.8\], .*pass the box"):
+        attack(linear)(2 * X - 1, 1)
+    with pytest.raises(ValueError, match="x: values in"):
+        attacks.fgsm(linear, epsilon=0.1)(255 * X, 1)
+
+
+@each_attack
+def test_a_traced_image_outside_the_box_ends_with_a_status_of_its_own(attack):
+    result = jax.jit(jax.vmap(attack(linear)))(jnp.stack([X, 255 * X]), jnp.array([1, 1]))
+    np.testing.assert_array_equal(result.success, [True, False])
+    assert int(result.status[1]) == Status.OUTSIDE_BOX
+    assert bool(jnp.all((result.x_adv >= 0) & (result.x_adv <= 1)))
+    run(attack, linear, X + 0.5, 1)
+
+
+@each_attack
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: jnp.round(x @ DEEP),
+        lambda x: jax.lax.stop_gradient(x @ DEEP),
+        lambda x: jax.nn.one_hot(jnp.argmax(x @ DEEP), 10) * 5,
+        lambda x: (x @ DEEP).at[:].set(jnp.sign(x @ DEEP) * jnp.arange(10)),
+    ],
+    ids=["rounds", "stops gradients", "one-hot", "signs"],
+)
+def test_a_model_without_a_gradient_is_told_from_a_class_out_of_reach(attack, model):
+    result = attack(model)(IMAGE, (int(jnp.argmax(model(IMAGE))) + 1) % 10)
+    assert int(result.status) == Status.VANISHING_GRADIENT
+    assert not bool(result.success)
+
+
+@each_attack
+def test_probabilities_in_place_of_logits_are_warned_about_and_never_converge(attack):
+    def probabilities(x):
+        return jax.nn.softmax(10 * (x @ DEEP))
+
+    target = third(probabilities)
+    with pytest.warns(UserWarning, match=r"logits_fn: .*sum to 1, expected logits.*softmax"):
+        result = attack(probabilities)(IMAGE, target)
+    assert int(result.status) == Status.VANISHING_GRADIENT
+    with pytest.warns(UserWarning, match="sum to 1"):
+        attacks.fgsm(lambda x: jax.nn.softmax(linear(x)), epsilon=0.1)(X, 1)

@@ -37,7 +37,7 @@ def test_each_pool_has_its_own_rms_and_the_noise_has_that_of_the_input_pool(quic
         assert rows["weight decay"]["pools"] == rows["dropout"]["pools"] == []
 
 
-def test_a_pool_of_adversarial_images_makes_the_net_harder_to_mislead(quick):
+def test_a_pool_of_adversarial_images_makes_the_network_harder_to_mislead(quick):
     for rows in by_arm(quick.content):
         plain, pool = rows["weight decay"]["distortion"], rows["input pool"]["distortion"]
         assert pool > plain
@@ -56,7 +56,7 @@ def test_the_papers_errors_stand_beside_ours(quick):
     assert len(adversarial.claims(quick.content)) == 4
 
 
-def test_weight_decay_alone_is_the_net_of_the_tables():
+def test_weight_decay_alone_is_the_network_of_the_tables():
     train = data.load("mnist", "train", source="embedded")
     few = options.first(train, 300)
     key = jax.random.key(5)
@@ -77,7 +77,7 @@ def test_dropout_leaves_out_at_random_what_is_made_up_for_on_average():
 
     np.testing.assert_allclose(draws(rates=(0, 0, 0))[0], logits, atol=1e-6)
     assert draws().std(axis=0).min() > 0.01
-    # Above the last hidden layer the net is linear, so that there the mean is that of the inputs.
+    # Above the last hidden layer the network is linear, so the mean is that of the inputs.
     last = draws(rates=(0, 0, 0.5))
     spread = last.std(axis=0) / np.sqrt(len(keys))
     assert np.all(spread > 0)

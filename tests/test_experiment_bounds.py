@@ -1,4 +1,4 @@
-"""The bounds of a large net's layers: the words on made-up numbers, and the quick form."""
+"""The bounds of a large network's layers: the words on made-up numbers, and the quick form."""
 
 import itertools
 
@@ -36,10 +36,10 @@ def test_each_block_has_a_line_with_its_skip_connection_counted():
     ]
 
 
-def test_the_net_as_a_whole_is_told_with_what_it_certifies():
+def test_the_network_as_a_whole_is_told_with_what_it_certifies():
     text = " ".join(bounds.describe(content()).split())
     assert "The steepest slope found is 30." in text
-    assert "certifies photographs within an L2 distance of 1e-02 at most" in text
+    assert "certifies photographs within an L2 distance of at most 1e-02" in text
     assert "would certify them within 0.01 to 0.16." in text
 
 

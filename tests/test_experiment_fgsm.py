@@ -18,7 +18,7 @@ def test_what_is_saved_is_what_is_returned_and_drawn(quick, monkeypatch):
     experiment_runs.check(quick, monkeypatch, kilobytes=150)
 
 
-def test_a_longer_step_is_longer_and_the_longest_mislead_every_net(quick):
+def test_a_longer_step_is_longer_and_the_longest_mislead_every_network(quick):
     content = quick.content
     assert [row["net"] for row in rows_of(content)] == 2 * ["FC10(1e-4)", "FC100-100-10"]
     for row in rows_of(content):
@@ -64,9 +64,9 @@ def test_the_report_sets_the_published_figure_beside_ours(quick):
 
 
 @pytest.mark.parametrize(
-    ("share", "length"), [(0.05, 0), (0.1, 0), (0.25, 0.1), (0.6, 0.36), (0.9, np.nan)]
+    ("fraction", "length"), [(0.05, 0), (0.1, 0), (0.25, 0.1), (0.6, 0.36), (0.9, np.nan)]
 )
-def test_the_length_for_a_share_is_where_the_error_first_reaches_it(share, length):
+def test_the_length_for_a_fraction_is_where_the_error_first_reaches_it(fraction, length):
     points = zip([10, 40, 30, 80, 70], [0.0, 0.2, 0.3, 0.4, 0.5], strict=True)
     row = {"steps": [{"wrong": wrong, "distortion": rms} for wrong, rms in points]}
-    assert fgsm._step_length(row, share, 100) == pytest.approx(length, nan_ok=True)
+    assert fgsm._step_length(row, fraction, 100) == pytest.approx(length, nan_ok=True)

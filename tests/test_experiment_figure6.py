@@ -1,4 +1,4 @@
-"""A car detector on frozen features, and adversarial photographs shown to other nets."""
+"""A car detector on frozen features, and adversarial photographs shown to other networks."""
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,9 @@ def test_each_photograph_comes_first_and_its_crops_are_parts_of_it():
     middle = shown[:, 1:, 5:-5, 5:-5]
     slopes = jnp.diff(middle, axis=3) * 39
     for slope in slopes.reshape(16, -1):
-        # Zooming in makes a ramp flatter by the share that is kept; mirroring turns it round.
+        # Zooming in makes a ramp flatter by the fraction that is kept; mirroring turns it round.
         assert jnp.ptp(slope) < 1e-3
-        assert figure6.LEAST_SHARE - 1e-3 <= abs(slope[0]) <= 1 + 1e-3
+        assert figure6.SMALLEST_CROP - 1e-3 <= abs(slope[0]) <= 1 + 1e-3
     signs = jnp.sign(slopes[0, :, 0, 0, 0])
     assert set(signs.tolist()) == {-1.0, 1.0}
 
@@ -43,9 +43,9 @@ def test_each_photograph_comes_first_and_its_crops_are_parts_of_it():
 def test_a_detector_is_where_the_slope_of_its_loss_vanishes(features):
     detector = figure6.fit(features, CARS, jnp.ones(7, bool))
     inputs, signs = np.sqrt(np.asarray(features, float) + 1e-2), np.where(CARS, 1, -1)[:, None]
-    leads = inputs @ np.asarray(detector.weights, float) + float(detector.bias)
-    share = np.where(CARS, 1 / 6, 1 / 8)[:, None] / 3
-    pull = share * signs * scipy.special.expit(-signs * leads)
+    margins = inputs @ np.asarray(detector.weights, float) + float(detector.bias)
+    weights = np.where(CARS, 1 / 6, 1 / 8)[:, None] / 3
+    pull = weights * signs * scipy.special.expit(-signs * margins)
     slope = figure6.DECAY * np.asarray(detector.weights) - np.einsum("nv,nvf->f", pull, inputs)
     assert np.abs(slope).max() < 1e-3 > abs(pull.sum())
 
@@ -58,8 +58,8 @@ def test_each_photograph_is_judged_by_a_detector_that_has_not_seen_it(features):
         for a, b in zip(left_out.weights, other.weights, strict=True)
     ]
     assert same == [i == 2 for i in range(7)]
-    leads = jax.vmap(figure6.Detector.lead)(left_out, features[:, 0])
-    assert jnp.array_equal(leads > 0, CARS)
+    margins = jax.vmap(figure6.Detector.margin)(left_out, features[:, 0])
+    assert jnp.array_equal(margins > 0, CARS)
 
 
 def test_photographs_seen_twice_do_not_make_their_class_weigh_more(features):
@@ -74,7 +74,7 @@ def test_photographs_seen_twice_do_not_make_their_class_weigh_more(features):
 
 
 class Colours:
-    """A stand-in for a net: its features are the mean colours."""
+    """A stand-in for a network: its features are the mean colours."""
 
     def apply(self, params, image, *, method):
         assert method == "layers"
@@ -82,14 +82,14 @@ class Colours:
 
 
 def test_the_attack_misleads_each_photographs_own_detector():
-    net = networks.Network("colours", Colours(), jnp.ones(3))
+    network = networks.Network("colours", Colours(), jnp.ones(3))
     images = np.full((2, 4, 4, 3), 0.5, np.float32)
     # The first takes red for a car, from 0.4 on; the second blue, from 0.6 on.
     weights = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     thresholds = jnp.array([0.4, 0.6])
     detectors = figure6.Detector(weights, -jnp.sqrt(thresholds + 1e-2))
-    assert (figure6._leads(net, detectors, images) > 0).tolist() == [True, False]
-    found = figure6._attack(net, detectors, images, np.array([0, 1]), 50)
+    assert (figure6._margins(network, detectors, images) > 0).tolist() == [True, False]
+    found = figure6._attack(network, detectors, images, np.array([0, 1]), 50)
     assert found.success.all()
     assert jnp.allclose(found.distortion, 0.1 / jnp.sqrt(3), rtol=1e-2)
     changed = np.abs(found.x_adv - images).mean((1, 2))
@@ -165,8 +165,8 @@ def test_a_resized_model_sees_a_smaller_image_and_a_normalized_one_others_pixels
 LABELS = [1, 2, 3, 4, 5, 6]
 
 
-def found_by_nets(names, adversarial, noise, clean=LABELS):
-    """All nets make the same of what was made for any."""
+def found_by_networks(names, adversarial, noise, clean=LABELS):
+    """All networks make the same of what was made for any."""
     rows = [
         {
             "made_for": name,
@@ -183,8 +183,10 @@ def found_by_nets(names, adversarial, noise, clean=LABELS):
     return {"runs": [{"nets": names, "labels": LABELS, "clean": clean, "rows": rows}]}
 
 
-def test_photographs_that_a_net_had_wrong_anyway_do_not_count():
-    content = found_by_nets(["a", "b"], [OSTRICH, 0, 3, 4, 5, 6], LABELS, clean=[0, *LABELS[1:]])
+def test_photographs_that_a_network_had_wrong_anyway_do_not_count():
+    content = found_by_networks(
+        ["a", "b"], [OSTRICH, 0, 3, 4, 5, 6], LABELS, clean=[0, *LABELS[1:]]
+    )
     rows = ostriches.rows_of(content, "adversarial", None)
     # Of the first photograph only the pair (b, a) is left, as b had it wrong.
     wrong = ostriches.between(rows, "wrong")
@@ -195,8 +197,8 @@ def test_photographs_that_a_net_had_wrong_anyway_do_not_count():
     assert "20 [4, 62] (0)" in description, "1 of 5"
 
 
-def test_a_net_does_not_count_as_another_one():
-    content = found_by_nets(["a", "b"], LABELS, LABELS)
+def test_a_network_does_not_count_as_another_one():
+    content = found_by_networks(["a", "b"], LABELS, LABELS)
     for row in content["runs"][0]["rows"]:
         own = row["made_for"] == "b"
         row["predictions"] = [LABELS, [OSTRICH] * 6] if own else [[OSTRICH] * 6, LABELS]
@@ -210,23 +212,23 @@ def test_the_sign_test_is_that_of_fair_coins():
     assert ostriches.p_value(more, more) == 1
 
 
-def test_what_noise_does_too_is_no_transfer_and_one_net_in_sizes_no_other_net():
+def test_what_noise_does_too_is_no_transfer_and_one_network_in_sizes_no_other_network():
     all_wrong = [OSTRICH] * 6
     found = [
         (["a", "b"], all_wrong, LABELS),
         (["a", ostriches.ALEXNET], all_wrong, LABELS),
         (["a", ostriches.ALEXNET], all_wrong, all_wrong),
     ]
-    verdicts = [ostriches.claims(found_by_nets(*one))[0].verdict for one in found]
+    verdicts = [ostriches.claims(found_by_networks(*one))[0].verdict for one in found]
     assert verdicts == ["holds in part", "holds", "does not hold"]
 
 
 @needs_photographs
-def test_ostriches_are_made_for_each_net_and_shown_to_all(tmp_path, monkeypatch):
+def test_ostriches_are_made_for_each_network_and_shown_to_all(tmp_path, monkeypatch):
     found = run(ostriches, tmp_path)
     check(found, monkeypatch)
     (one,) = found.content["runs"]
-    assert one["clean"][0] == one["labels"], "of the first net's own victims"
+    assert one["clean"][0] == one["labels"], "of the first network's own victims"
     assert len(one["rows"]) == 2 * 2 * (1 + len(ostriches.RMS))
     for row in one["rows"]:
         if row["rms"] is not None:

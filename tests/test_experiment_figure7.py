@@ -13,7 +13,7 @@ def test_three_panels_are_drawn_and_the_numbers_saved(quick, monkeypatch):
     experiment_runs.check(quick, monkeypatch)
 
 
-def test_the_nets_read_noise_better_than_what_was_distorted_for_them(quick):
+def test_the_networks_read_noise_better_than_what_was_distorted_for_them(quick):
     content = quick.content
     assert len(content["runs"]) == 2
     for run in content["runs"]:
@@ -28,17 +28,17 @@ def test_the_nets_read_noise_better_than_what_was_distorted_for_them(quick):
     assert f"{paper.FIGURE7_GAUSSIAN_ACCURACY:g} %" in printed.paper
 
 
-def with_noisy_share(content, share):
+def with_noisy_fraction(content, fraction):
     other = json.loads(json.dumps(content))
     for run in other["runs"]:
         for row in run["rows"]:
-            row["right"] |= dict.fromkeys(("noisy", "noisy_cut"), round(share * run["images"]))
+            row["right"] |= dict.fromkeys(("noisy", "noisy_cut"), round(fraction * run["images"]))
     return other
 
 
-def test_a_mark_says_whether_the_printed_share_could_be_ours(quick):
+def test_a_mark_says_whether_the_printed_fraction_could_be_ours(quick):
     content = quick.content
-    near, far = (with_noisy_share(content, share) for share in (0.53, 0.8))
+    near, far = (with_noisy_fraction(content, fraction) for fraction in (0.53, 0.8))
     assert figure7.describe(near).count("✓") == 2 * len(figure7.PANELS) + 1
     assert "✗" not in figure7.describe(near)
     assert figure7.describe(far).count("✓") == 1, "where it is explained"
@@ -47,4 +47,4 @@ def test_a_mark_says_whether_the_printed_share_could_be_ours(quick):
 
 def test_what_is_no_better_than_the_attack_does_not_bear_the_claim_out(quick):
     content = quick.content
-    assert figure7.claims(with_noisy_share(content, 0))[0].verdict == "does not hold"
+    assert figure7.claims(with_noisy_fraction(content, 0))[0].verdict == "does not hold"

@@ -270,7 +270,7 @@ def test_without_its_arrays_a_figure_is_left_as_it_is(tmp_path, capsys):
     (tmp_path / "trial.png").write_text("as it was")
     run(tmp_path, never, draw=drawn, reuse=True)
     assert (tmp_path / "trial.png").read_text() == "as it was"
-    assert "trial.npz, with what they are drawn from, is missing" in capsys.readouterr().out
+    assert "trial.npz, which holds their data, is missing" in capsys.readouterr().out
 
 
 def test_arrays_of_another_run_do_not_stay(tmp_path):
@@ -294,17 +294,17 @@ def test_one_seed_has_no_interval_and_is_written_without():
     assert markdown.number(statistics.mean([0.25]), 2) == "0.25"
 
 
-def test_a_share_on_which_all_seeds_agree_has_wilsons_interval():
+def test_a_fraction_on_which_all_seeds_agree_has_wilsons_interval():
     low, high = map(float, transfer.wilson_interval(0, 512))
     assert statistics.fraction([0, 0], [256, 256]) == (0, low, high)
 
 
-def test_a_share_on_which_seeds_differ_has_students():
+def test_a_fraction_on_which_seeds_differ_has_students():
     assert statistics.fraction([30, 40, 50], [100] * 3) == statistics.mean([0.3, 0.4, 0.5])
     assert statistics.fraction([10, 40, 70], [100] * 3)[1:] == (0, 1), "no further than it can"
 
 
-def test_a_printed_share_agrees_where_the_intervals_meet():
+def test_a_printed_fraction_agrees_where_the_intervals_meet():
     ours = statistics.Estimate(0.05, 0.04, 0.06)
     assert statistics.agrees(ours, 0.08), "20 of 256 may be from 5.1 to 11.7 %"
     assert not statistics.agrees(ours, 0.10)
@@ -316,18 +316,21 @@ def test_a_number_of_the_same_distribution_is_predicted_19_times_of_20():
     assert predicted == pytest.approx(0.95, abs=0.015)
 
 
-# --- words -----------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------
 
 
 def test_a_table_is_markdown_with_names_to_the_left_and_numbers_to_the_right():
-    assert markdown.table(("net", "error"), [("FC10", "7.4"), ("a", "12.25")]).splitlines() == [
-        "| net  | error |",
-        "| ---- | ----: |",
-        "| FC10 |   7.4 |",
-        "| a    | 12.25 |",
+    rows = [("FC10", "7.4"), ("a", "12.25")]
+    table = markdown.table([("network", name), ("error", error)] for name, error in rows)
+    assert table == markdown.grid(("network", "error"), rows)
+    assert table.splitlines() == [
+        "| network | error |",
+        "| ------- | ----: |",
+        "| FC10    |   7.4 |",
+        "| a       | 12.25 |",
     ]
 
 
 def test_a_bar_in_a_cell_does_not_end_it():
-    line = markdown.table(("a", "b"), [("|x|", "1")], names=2).splitlines()[-1]
+    line = markdown.grid(("a", "b"), [("|x|", "1")], names=2).splitlines()[-1]
     assert line == "| \\|x\\| | 1 |"

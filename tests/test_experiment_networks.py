@@ -31,7 +31,7 @@ def same(a, b):
     return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def test_a_net_is_trained_once_and_read_afterwards(digits, cache_folder, capsys):
+def test_a_network_is_trained_once_and_read_afterwards(digits, cache_folder, capsys):
     load = functools.partial(networks.load_or_train, jax.random.key(9), "FC10(1)", digits, steps=5)
     first = load()
     assert "training on 300 images" in capsys.readouterr().out
@@ -41,7 +41,7 @@ def test_a_net_is_trained_once_and_read_afterwards(digits, cache_folder, capsys)
 
 
 @pytest.mark.parametrize("change", ["name", "key", "steps", "images", "labels"])
-def test_whatever_defines_a_net_makes_another_file(change, digits, cache_folder):
+def test_whatever_defines_a_network_makes_another_file(change, digits, cache_folder):
     given = {"key": jax.random.key(9), "name": "FC10(1)", "split": digits, "steps": 5}
     other = {
         "key": {"key": jax.random.key(10)},
@@ -56,7 +56,7 @@ def test_whatever_defines_a_net_makes_another_file(change, digits, cache_folder)
     assert len(cached(cache_folder) - before) == 1
 
 
-def test_the_activation_defines_a_net_too(digits, cache_folder, monkeypatch):
+def test_the_activation_defines_a_network_too(digits, cache_folder, monkeypatch):
     load = functools.partial(
         networks.load_or_train, jax.random.key(9), "FC100-100-10", digits, steps=2
     )
@@ -106,16 +106,16 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_only(digits, tmp_path, m
 
 
 @pytest.mark.parametrize("make", [networks.train, networks.load_or_train])
-def test_an_unknown_net_lists_the_known_ones(make, digits):
-    with pytest.raises(ValueError, match=r"name='FC7' is unknown; choose one of FC10\(1e-4\), "):
+def test_an_unknown_network_lists_the_known_ones(make, digits):
+    with pytest.raises(ValueError, match=r"name: 'FC7', expected one of FC10\(1e-4\), "):
         make(jax.random.key(0), "FC7", digits)
 
 
 def test_the_nearest_of_every_class_is_that_of_the_untargeted_attack(digits):
-    net = networks.load_or_train(jax.random.key(9), "FC10(1)", digits, steps=5)
+    network = networks.load_or_train(jax.random.key(9), "FC10(1)", digits, steps=5)
     few = digits.images[:6], digits.labels[:6]
     chosen = Victims(np.arange(6), *few, targets=(few[1] + 1) % 10)
-    attack = attacks.lbfgs(net.logits_fn)
+    attack = attacks.lbfgs(network.logits_fn)
     nearest = attack_every_class(attack, chosen)
     expected = jax.vmap(attacks.untargeted(attack))(*few)
     np.testing.assert_allclose(nearest.distortion, expected.distortion, rtol=1e-4)
@@ -172,8 +172,8 @@ def test_the_autoencoders_code_is_trained_on_images_alone_and_the_softmax_on_the
     small = networks.RECIPES["AE400-10"]._replace(model=models.AutoencoderClassifier(code=50))
     monkeypatch.setitem(networks.RECIPES, "AE400-10", small)
     train = functools.partial(networks.train, jax.random.key(0), "AE400-10", steps=40)
-    net, misled = train(digits), train(digits._replace(labels=np.roll(labels, 7)))
+    network, misled = train(digits), train(digits._replace(labels=np.roll(labels, 7)))
     for layer in ("encoder", "decoder"):
-        assert same(net.params["params"][layer], misled.params["params"][layer])
-    right = np.mean(jax.vmap(net.logits_fn)(images).argmax(1) == labels)
+        assert same(network.params["params"][layer], misled.params["params"][layer])
+    right = np.mean(jax.vmap(network.logits_fn)(images).argmax(1) == labels)
     assert right > np.mean(jax.vmap(misled.logits_fn)(images).argmax(1) == labels) + 0.2

@@ -81,9 +81,9 @@ def test_features_are_means_over_the_pixels_of_the_named_layers():
             assert method == "layers"
             return {"inner": params * image, "last": image[0, 0], "other": jnp.zeros(3)}
 
-    net = type("Net", (), {"model": Model(), "params": jnp.float32(2)})
+    network = type("Net", (), {"model": Model(), "params": jnp.float32(2)})
     images = np.random.default_rng(0).uniform(size=(2, 3, 4, 4, 3)).astype(np.float32)
-    found = views.pooled_features(net, images, ("inner", "last"))
+    found = views.pooled_features(network, images, ("inner", "last"))
     np.testing.assert_allclose(found["inner"], 2 * images.mean(axis=(2, 3)), rtol=1e-5)
     np.testing.assert_array_equal(found["last"], images[:, :, 0, 0])
 

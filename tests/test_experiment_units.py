@@ -61,9 +61,9 @@ def test_features_are_those_of_the_named_layer():
         assert method == "layers"
         return {"flat": params * image, "other": jnp.zeros(3)}
 
-    net = types.SimpleNamespace(model=types.SimpleNamespace(apply=apply), params=jnp.float32(2))
+    network = types.SimpleNamespace(model=types.SimpleNamespace(apply=apply), params=jnp.float32(2))
     images = np.arange(24, dtype=np.float32).reshape(3, 2, 2, 2)
-    np.testing.assert_array_equal(features(net, "flat", images), 2 * images.reshape(3, 8))
+    np.testing.assert_array_equal(features(network, "flat", images), 2 * images.reshape(3, 8))
 
 
 # --- the rotation test -----------------------------------------------------------------------
@@ -76,7 +76,7 @@ def by_case(found):
     return grouped(found.content, *rotation.CASE)
 
 
-def test_both_nets_and_every_control_are_tested(rotated, monkeypatch):
+def test_both_networks_and_every_control_are_tested(rotated, monkeypatch):
     experiment_runs.check(rotated, monkeypatch)
     cases = by_case(rotated)
     assert len(cases) == 2 * 2 * 3 + 2
@@ -100,9 +100,11 @@ def test_training_makes_them_alike_and_noise_and_principal_axes_do_not(rotated):
     def purity(*case):
         return np.mean([row["purity"]["identity"] for row in cases[case]])
 
-    for net in rotation.LAYERS:
-        assert purity(net, "after", "units") > purity(net, "after", "units, untrained") + 0.1
-        for row in cases[net, "after", "principal axes"]:
+    for network in rotation.LAYERS:
+        assert (
+            purity(network, "after", "units") > purity(network, "after", "units, untrained") + 0.1
+        )
+        for row in cases[network, "after", "principal axes"]:
             assert row["purity"]["identity"] < row["purity"]["rotated_quantiles"][0]
     assert purity("noise", "", "units") < 0.35
 

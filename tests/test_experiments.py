@@ -87,7 +87,9 @@ def test_table2_counts_who_errs_on_whose_images(tmp_path, monkeypatch):
     for attack_ in ATTACKS:
         for i, name in enumerate(columns):
             for row in found[attack_.__name__, name]:
-                assert row["wrong"][i] >= 62, "nearly every image misleads the net it was made for"
+                assert row["wrong"][i] >= 62, (
+                    "nearly every image misleads the network it was made for"
+                )
     for of in ("", "_256", "_net"):
         assert all(row[f"total{of}"][0] <= 64 for rows in found.values() for row in rows)
     for row in found["clean", None]:
@@ -196,14 +198,14 @@ def test_the_gap_is_to_the_nearest_of_all_that_were_found_for_an_image():
         x_adv = np.repeat(np.array(sums, np.float32)[:, None] / 4, 4, axis=1)
         return Outcome(x_adv, np.array(success), num_evals=np.full(n, 5), seconds=0.5)
 
-    net = networks.Network("threshold", SimpleNamespace(apply=logits), jnp.float32(1))
+    network = networks.Network("threshold", SimpleNamespace(apply=logits), jnp.float32(1))
     rows = benchmark.compare(
         [
             (Way("near", "a", None), outcome(1.2, 1.2, 0.9, success=[True, True, True])),
             (Way("far", "b", None), outcome(2.4, 0, success=[True, False])),
             (Way("never", "c", None), outcome(0, 0, success=[False, False])),
         ],
-        net,
+        network,
         np.zeros((3, 4), np.float32),
         np.ones(3, int),
         gradient=0.05,

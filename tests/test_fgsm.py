@@ -27,7 +27,7 @@ def linear(x):
 @functools.partial(jax.jit, static_argnames="targeted")
 def attack(x, label, epsilon=EPSILON, box=(0.0, 1.0), *, targeted=False):
     """The attack on `linear`, compiled once for what many tests share."""
-    return fgsm(linear, x, label, epsilon=epsilon, box=box, targeted=targeted)
+    return fgsm(linear, epsilon=epsilon, box=box, targeted=targeted)(x, label)
 
 
 def formula(x, label, epsilon, *, targeted):
@@ -48,7 +48,7 @@ def test_every_pixel_moves_by_epsilon_as_the_formula_says(targeted):
     ]
     np.testing.assert_allclose(results.x_adv, expected, atol=1e-6)
     np.testing.assert_allclose(results.distortion, EPSILON, rtol=1e-5)
-    np.testing.assert_allclose(results.weight, EPSILON)
+    np.testing.assert_allclose(results.multiplier, EPSILON)
     np.testing.assert_array_equal(results.num_evals, 1)
     reached = (results.prediction == labels) == targeted
     np.testing.assert_array_equal(results.success, reached)
@@ -66,8 +66,10 @@ def test_the_step_ends_at_the_box():
     assert float(result.distortion) < EPSILON
 
 
-def test_an_image_outside_the_box_steps_from_where_it_is_and_is_moved_into_it():
+def test_an_image_outside_the_box_is_told_and_moved_into_it():
     result = attack(X + 2, 0)
+    assert int(result.status) == Status.OUTSIDE_BOX
+    assert not bool(result.success)
     np.testing.assert_array_equal(result.x_adv, 1)
     rms = np.sqrt(np.mean((X + 1) ** 2))
     np.testing.assert_allclose(result.distortion, rms, rtol=1e-5)
@@ -80,7 +82,7 @@ def test_the_step_is_that_of_float64_where_the_softmax_is_saturated(targeted):
 
     label = int(jnp.argmin(linear(X)) if targeted else jnp.argmax(linear(X)))
     assert float(jax.nn.softmax(sure(X)).max()) == 1, "it is saturated"
-    run = jax.jit(functools.partial(fgsm, sure, epsilon=EPSILON, targeted=targeted))
+    run = jax.jit(fgsm(sure, epsilon=EPSILON, targeted=targeted))
     result = run(X, label)
     logits = np.asarray(linear(X))
     # The strongest other class, or the winner that has to yield to the target.
@@ -108,7 +110,7 @@ def test_no_epsilon_is_no_step_and_success_is_what_the_image_says(targeted):
 
 
 def test_a_model_without_a_gradient_gives_no_step():
-    result = fgsm(lambda x: jnp.zeros(3), X, 0, epsilon=EPSILON)
+    result = fgsm(lambda x: jnp.zeros(3), epsilon=EPSILON)(X, 0)
     np.testing.assert_array_equal(result.x_adv, X)
     assert int(result.status) == Status.NOT_FOUND
 
@@ -125,7 +127,7 @@ def test_a_training_loss_sees_through_the_attack():
             return jnp.tanh(jnp.ravel(x) @ kernel)
 
         if x_adv is None:
-            x_adv = fgsm(logits_fn, X, 1, epsilon=EPSILON).x_adv
+            x_adv = fgsm(logits_fn, epsilon=EPSILON)(X, 1).x_adv
         return losses.cross_entropy(logits_fn(x_adv), 1), x_adv
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
@@ -168,7 +170,7 @@ def test_the_linear_net_reads_hardly_a_digit_after_a_step_of_a_quarter(fc10):
     @functools.partial(jax.vmap, in_axes=(None, None, 0))
     @functools.partial(jax.vmap, in_axes=(0, 0, None))
     def misled(x, label, epsilon):
-        return fgsm(fc10.logits_fn, x, label, epsilon=epsilon).success
+        return fgsm(fc10.logits_fn, epsilon=epsilon)(x, label).success
 
     error = misled(fc10.images, labels, epsilons).mean(1)
     assert float(error[0]) == 0
@@ -203,11 +205,12 @@ def test_the_linear_net_reads_hardly_a_digit_after_a_step_of_a_quarter(fc10):
 def test_bad_data_is_told_by_the_status_and_nothing_is_moved(change, status, num_evals):
     arguments = {"logits_fn": linear, "x": X, "label": 1, "epsilon": EPSILON, "box": (0, 1)}
     arguments |= change
-    result = jax.jit(lambda: fgsm(**arguments))()
+    x, label = arguments.pop("x"), arguments.pop("label")
+    result = jax.jit(lambda: fgsm(**arguments)(x, label))()
     assert int(result.status) == status
     assert not bool(result.success)
     assert int(result.num_evals) == num_evals
-    assert float(result.weight) == 0
+    assert float(result.multiplier) == 0
     assert bool(jnp.all(jnp.isfinite(result.x_adv)))
     if "x" not in change:
         np.testing.assert_array_equal(result.x_adv, X)
@@ -217,7 +220,7 @@ def test_bad_data_is_told_by_the_status_and_nothing_is_moved(change, status, num
 def test_a_class_masked_by_minus_infinity_does_no_harm():
     label = int(jnp.argmax(linear(X)))
     masked = (label + 1) % 4
-    result = fgsm(lambda x: linear(x).at[masked].set(-jnp.inf), X, label, epsilon=0.5)
+    result = fgsm(lambda x: linear(x).at[masked].set(-jnp.inf), epsilon=0.5)(X, label)
     assert bool(result.success)
 
 
@@ -225,7 +228,7 @@ def test_a_model_that_is_nan_after_the_step_is_not_misled():
     def fragile(x):
         return jnp.where(jnp.all(x == X), 1.0, jnp.nan) * linear(x)
 
-    result = fgsm(fragile, X, int(jnp.argmax(linear(X))), epsilon=EPSILON)
+    result = fgsm(fragile, epsilon=EPSILON)(X, int(jnp.argmax(linear(X))))
     assert not bool(result.success)
     assert int(result.status) == Status.NOT_FOUND
 
@@ -258,8 +261,9 @@ def test_the_failure_of_one_lane_leaves_the_others_alone():
 )
 def test_arguments_of_the_wrong_type_or_shape_are_named(change, error, message):
     arguments = {"logits_fn": linear, "x": X[:, :, 0], "label": 1, "epsilon": EPSILON} | change
+    x, label = arguments.pop("x"), arguments.pop("label")
     with pytest.raises(error, match=message):
-        jax.jit(lambda: fgsm(**arguments))()
+        jax.jit(lambda: fgsm(**arguments)(x, label))()
 
 
 def test_it_is_exported_beside_the_other_attacks():

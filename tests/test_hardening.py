@@ -37,7 +37,7 @@ def compiled(attack, activation, max_evals):
     @jax.jit
     def run(net, x, target, box):
         model = functools.partial(apply, activation, net)
-        return attack(model, x, target, box=box, max_evals=max_evals)
+        return attack(model, box=box, max_evals=max_evals)(x, target)
 
     return run
 
@@ -96,7 +96,7 @@ def test_a_million_pixels_are_attacked_like_any_other_number(attack):
         return jnp.stack([1 + normal @ (x - 0.5).ravel(), jnp.zeros(())])
 
     label = jnp.argmax(logits_fn(x))
-    result = jax.jit(functools.partial(attack, logits_fn))(x, 1 - label)
+    result = jax.jit(attack(logits_fn))(x, 1 - label)
     check_invariants(result, jax.jit(logits_fn), x, int(1 - label), (0.0, 1.0))
     assert bool(result.success)
     nearest = jnp.abs(logits_fn(x)[0]) / jnp.linalg.norm(normal) / 1000
@@ -116,9 +116,9 @@ def test_rank_promotion_and_warnings_are_errors_in_these_tests():
 @each_attack
 def test_debug_nans_finds_none_in_an_attack_on_digits(attack, fc10):
     with jax.debug_nans(True):
-        run = functools.partial(attack, fc10.logits_fn)
+        run = attack(fc10.logits_fn)
         results = jax.jit(jax.vmap(run))(fc10.images[:5], fc10.targets[:5])
-        untargeted = attacks.untargeted(attack, fc10.logits_fn, fc10.images[0], 0, k=1)
+        untargeted = attacks.untargeted(attack(fc10.logits_fn), k=1)(fc10.images[0], 0)
     assert bool(jnp.all(results.success))
     assert bool(untargeted.success)
 
@@ -132,12 +132,12 @@ def test_debug_nans_finds_none_in_minimize():
 @each_attack
 def test_debug_nans_names_the_operation_that_gave_the_model_s_nan(attack):
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match=r"nan.* in log"):
-        attack(lambda x: jnp.log(linear(x) - 100), X, 1)
+        attack(lambda x: jnp.log(linear(x) - 100))(X, 1)
 
 
 @each_attack
 def test_failure_is_data_under_debug_nans_too(attack):
     """Inside `jit` a NaN of the model ends in the status, and leaves no other trace."""
     with jax.debug_nans(True):
-        result = jax.jit(lambda: attack(lambda x: jnp.log(linear(x) - 100), X, 1))()
+        result = jax.jit(lambda: attack(lambda x: jnp.log(linear(x) - 100))(X, 1))()
     assert int(result.status) == Status.NONFINITE

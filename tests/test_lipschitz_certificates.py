@@ -67,7 +67,7 @@ def test_lipsdp_and_pairs_certify_much_more_than_the_product(net, mnist):
 
 def test_no_attack_beats_a_certificate(net):
     """Towards the runner-up, of a thousand images."""
-    attack = functools.partial(attacks.minimum_norm, net.logits_fn)
+    attack = attacks.minimum_norm(net.logits_fn)
     result = runner.attack_images(attack, net.images, net.runner_up)
     reached = result.success & net.right
     assert reached.sum() > 0.9 * len(net.images)
@@ -100,7 +100,7 @@ def test_the_certificate_the_exact_attack_and_the_papers_follow_one_another(net)
     chosen = np.flatnonzero(net.right)[:100]
     images, targets = net.images[chosen], net.runner_up[chosen]
     exact, paper = (
-        runner.attack_images(functools.partial(attack, net.logits_fn), images, targets)
+        runner.attack_images(attack(net.logits_fn), images, targets)
         for attack in (attacks.minimum_norm, attacks.lbfgs)
     )
     both = exact.success & paper.success
@@ -122,14 +122,16 @@ def test_a_mistake_has_no_radius(net):
 def test_the_radius_of_pairs_is_the_smallest_of_each_lead_over_its_constant():
     pairs = jnp.array([[0.0, 2.0, 8.0], [2.0, 0.0, 1.0], [8.0, 1.0, 0.0]])
     logits = jnp.array([4.0, 1.0, 0.0])
-    assert lipschitz.certified_radius(logits, 0, pairs) == pytest.approx(0.5, rel=1e-5)
+    exact = lipschitz.certified_radius(logits, 0, pairs, error=0)
+    assert exact == pytest.approx(0.5, rel=1e-5)
+    assert lipschitz.certified_radius(logits, 0, pairs) == pytest.approx(0.5, rel=1e-3)
     assert lipschitz.certified_radius(logits, 1, pairs) == 0
     with pytest.raises(ValueError, match="constant"):
         lipschitz.certified_radius(logits, 0, pairs[0])
 
 
 def test_the_radius_is_the_margin_over_the_steepest_difference():
-    radius = lipschitz.certified_radius(jnp.array([1.0, 4.0, 2.0]), 1, 3.0)
+    radius = lipschitz.certified_radius(jnp.array([1.0, 4.0, 2.0]), 1, 3.0, error=0)
     assert radius == pytest.approx(2 / (np.sqrt(2) * 3), rel=2e-6)
     assert radius <= 2 / (np.sqrt(2) * 3)
 
@@ -139,7 +141,7 @@ def test_the_radius_is_reached_by_two_linear_logits_that_oppose_each_other():
     x = jnp.array([0.4, 0.2])
     constant = lipschitz.bound(lambda x: weights @ x, x).constant
     exact = (2 * weights[0] @ x) / jnp.linalg.norm(2 * weights[0])
-    radius = lipschitz.certified_radius(weights @ x, 0, constant)
+    radius = lipschitz.certified_radius(weights @ x, 0, constant, error=0)
     np.testing.assert_allclose(radius, exact, rtol=1e-4)
 
 
@@ -157,3 +159,68 @@ def test_a_constant_that_is_not_finite_certifies_nothing(constant):
 def test_a_batch_is_refused():
     with pytest.raises(ValueError, match="logits"):
         lipschitz.certified_radius(jnp.zeros((2, 3)), 0, 1.0)
+
+
+# Rounding of the logits
+
+
+def test_a_class_that_leads_by_rounding_alone_has_no_radius():
+    weights = np.float32([[1e-3, 3e-3], [2e-3, 2.9e-3]])
+    x, shift = np.float32([1000.0, 2000.0]), np.float32([1e8 + 8, 1e8])
+    logits = jnp.asarray(x @ weights) + shift
+    exact = x.astype(np.float64) @ weights + np.float64([1e8, 1e8 + 4])
+    constant = lipschitz.bound(lambda x: x @ weights, x)
+    assert logits[0] > logits[1]
+    assert exact[0] < exact[1]
+    assert lipschitz.certified_radius(logits, 0, constant, error=0) > 900
+    assert lipschitz.certified_radius(logits, 0, constant) == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_logits_of_any_precision_that_are_one_rounding_apart_certify_nothing(dtype):
+    logits = jnp.array([1 + jnp.finfo(dtype).eps, 1, 0], dtype)
+    assert lipschitz.certified_radius(logits, 0, 1e-3) == 0
+    clear = lipschitz.certified_radius(jnp.array([4, 1, 0], dtype), 0, 1.0)
+    assert 0.9 * 3 < clear * np.sqrt(2) < 3
+
+
+def test_an_error_that_is_given_replaces_that_of_float32():
+    logits = jnp.array([3.0, 1.0])
+    radius = lipschitz.certified_radius(logits, 0, 1.0, error=0.5)
+    assert radius == pytest.approx(1 / np.sqrt(2), rel=1e-5)
+
+
+def test_a_masked_class_does_not_hide_the_margin_of_the_others():
+    for mask in (-jnp.inf, -1e9):
+        radius = lipschitz.certified_radius(jnp.array([3.0, 1.0, mask]), 0, 1.0)
+        assert radius == pytest.approx(2 / np.sqrt(2), rel=1e-3)
+
+
+# Bounds that hold nearby only
+
+
+def steps(x):
+    """Flat at 0, with another class from 0.2 on."""
+    return jnp.stack([0 * x[0], 1000 * jax.nn.relu(x[0] - 0.2) - 1])
+
+
+@pytest.mark.parametrize("of", [lipschitz.bound, lipschitz.pairwise])
+def test_a_local_bound_certifies_no_more_than_where_it_holds(of):
+    x = jnp.zeros(1)
+    local = of(steps, x, method=lipschitz.product, radius=0.05)
+    assert local.constant.max() == 0
+    radius = lipschitz.certified_radius(steps(x), 0, local)
+    assert 0 < radius <= 0.05
+    batch = jax.vmap(lambda x: of(steps, x, method=lipschitz.product, radius=0.05))(x[None])
+    assert jax.vmap(lipschitz.certified_radius, (0, None, 0))(steps(x)[None], 0, batch) <= 0.05
+
+
+def test_a_global_bound_holds_everywhere():
+    assert np.isposinf(lipschitz.bound(steps, jnp.zeros(1)).radius)
+    assert np.isposinf(lipschitz.pairwise(jnp.tanh, jnp.zeros(3)).radius)
+
+
+def test_an_example_outside_the_box_has_no_certificate_from_a_bound_around_it():
+    local = lipschitz.bound(steps, jnp.full(1, -1.0), radius=2.0, box=(0, 1))
+    assert local.radius == 0
+    assert lipschitz.certified_radius(jnp.array([1.0, 0.0]), 0, local) == 0

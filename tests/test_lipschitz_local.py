@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advjax import lipschitz
-from advjax.lipschitz.bound import _outputs
+from advjax.lipschitz.bound import _outputs, _region
 
 WIDTHS = (6, 9, 8, 4)
 METHODS = (None, lipschitz.eclipse)
@@ -103,7 +103,7 @@ def test_no_difference_of_two_outputs_is_steeper_than_the_bound_of_the_pair():
     x = rng.normal(size=WIDTHS[0]).astype(np.float32)
     fn = functools.partial(net, kernels, jax.nn.sigmoid)
     anywhere, here = (
-        lipschitz.pairwise(fn, x, method=lipschitz.eclipse, radius=r) for r in (None, 0.2)
+        lipschitz.pairwise(fn, x, method=lipschitz.eclipse, radius=r).constant for r in (None, 0.2)
     )
     jacobians = jax.vmap(jax.jacobian(fn))(around(rng, x, 0.2).astype(np.float32))
     steepest = jnp.linalg.norm(jacobians[:, :, None] - jacobians[:, None], axis=-1).max(0)
@@ -186,7 +186,7 @@ FUNCTIONS = {
 def test_results_lie_in_their_intervals_rounding_included(name, half):
     fn, rng = FUNCTIONS[name], np.random.default_rng(2)
     x = rng.normal(size=(4, 5, 2)).astype(np.float32)
-    (signal,) = _outputs(fn, (x,), None, (x - half, x + half), None)
+    (signal,) = _outputs(_region(fn, (x,), (x - half, x + half), None), None)
     lower, upper = (np.asarray(end, np.float64) for end in signal.interval)
     points = x.astype(np.float64) + half * rng.uniform(-1, 1, (300, *x.shape))
     with jax.enable_x64(True):
@@ -201,14 +201,14 @@ def test_long_sums_that_cancel_are_in_their_interval():
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(5000, 20)).astype(np.float32)
     x = rng.normal(size=5000).astype(np.float32)
-    (signal,) = _outputs(lambda x: x @ kernel, (x,), None, (x, x), None)
+    (signal,) = _outputs(_region(lambda x: x @ kernel, (x,), (x, x), None), None)
     exact = x.astype(np.float64) @ kernel.astype(np.float64)
     assert np.all((signal.interval.lower <= exact) & (exact <= signal.interval.upper))
 
 
 def test_what_is_not_known_stays_unknown():
     x = jnp.ones(4)
-    (signal,) = _outputs(lambda x: jnp.sort(x) + x, (x,), None, (0.0, 1.0), None)
+    (signal,) = _outputs(_region(lambda x: jnp.sort(x) + x, (x,), (0.0, 1.0), None), None)
     assert signal.interval is None
     found = lipschitz.bound(lambda x: jax.nn.sigmoid(10 + jnp.sort(x)), x, box=(0.0, 1.0)).constant
     assert found == pytest.approx(1 / 4, rel=1e-5)

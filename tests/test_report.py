@@ -23,7 +23,7 @@ def write(monkeypatch, names, folder, **options):
 
 @pytest.fixture(scope="module")
 def folder(cache_folder, tmp_path_factory):
-    """Tables 3 and 4, which share their nets, in their quick form."""
+    """Tables 3 and 4, which share their networks, in their quick form."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         write(patch, ("table3", "table4"), folder, quick=True)
@@ -74,7 +74,7 @@ def test_measured_again_a_table_has_the_same_numbers(folder, tmp_path):
                 assert distortions == pytest.approx(old["distortion"][attack], rel=1e-5)
 
 
-def test_the_halves_are_disjoint_and_each_net_is_better_on_its_own(folder):
+def test_the_halves_are_disjoint_and_each_network_is_better_on_its_own(folder):
     for run in contents(folder, table3)["runs"]:
         for row in run["rows"]:
             own, other = ("error_p2", "error_p1") if row["net"].endswith("'") else table3.ERRORS[:2]

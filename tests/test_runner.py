@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from advjax import attacks, runner
-from advjax.attacks import AttackResult, Machine, Status
+from advjax.attacks import Attack, AttackResult, Status
 from advjax.runner import checkpoint, images, lanes, memory
 from tests import runner_job
 
@@ -50,7 +50,7 @@ def assert_same(one, other, rtol=1e-4):
 
 @pytest.mark.parametrize("attack", [attacks.lbfgs, attacks.minimum_norm])
 def test_the_results_are_those_of_the_attack_itself(attack):
-    attack = functools.partial(attack, runner_job.LOGITS_FN)
+    attack = attack(runner_job.LOGITS_FN)
     result = runner.attack_images(attack, XS, TARGETS, batch_size=8)
     expected = jax.jit(jax.vmap(attack))(XS, TARGETS)
     assert all(isinstance(field, np.ndarray) for field in result)
@@ -72,17 +72,25 @@ def test_a_slow_image_holds_up_nobody():
     steps = []
     durations = np.where(np.arange(200) % 10 == 0, 60, 1)
 
-    def step(state):
-        jax.debug.callback(lambda: steps.append(1))
-        return state + jnp.array([0, 1])
+    @jax.tree_util.register_static
+    class Counting:
+        def init(self, attack, x, target):
+            return jnp.array([target, 0])
 
-    machine = Machine(
-        init=lambda x, target: jnp.array([target, 0]),
-        step=step,
-        done=lambda state: state[1] >= state[0],
-        result=lambda state: nothing(jnp.zeros(2))._replace(num_evals=state[1].astype(jnp.int32)),
+        def step(self, attack, state):
+            jax.debug.callback(lambda: steps.append(1))
+            return state + jnp.array([0, 1])
+
+        def done(self, attack, state):
+            return state[1] >= state[0]
+
+        def result(self, attack, state):
+            return nothing(jnp.zeros(2))._replace(num_evals=state[1].astype(jnp.int32))
+
+    counting = Attack(lambda x: x, (0, 1), Counting())
+    result = runner.attack_images(
+        counting, np.zeros((200, 2), np.float32), durations, batch_size=10
     )
-    result = runner.attack_images(machine, np.zeros((200, 2), np.float32), durations, batch_size=10)
     jax.effects_barrier()
     assert np.all(result.num_evals >= durations)
     fixed_batches = sum(max(durations[k : k + 10]) for k in range(0, 200, 10))
@@ -94,22 +102,17 @@ def nothing(x):
     return AttackResult(x, jnp.bool_(True), zero, zero, jnp.int32(0), jnp.int32(1), jnp.int32(1))
 
 
-def test_any_function_of_an_image_and_a_class_can_be_run():
-    untargeted = functools.partial(
-        attacks.untargeted, attacks.minimum_norm, runner_job.LOGITS_FN, k=2
-    )
+def test_any_attack_and_any_function_of_an_image_and_a_class_can_be_run():
+    untargeted = attacks.untargeted(ATTACK, k=2)
     labels = np.asarray(jax.vmap(runner_job.LOGITS_FN)(XS).argmax(1))
     result = runner.attack_images(untargeted, XS[:10], labels[:10], batch_size=4)
     assert_same(result, jax.jit(jax.vmap(untargeted))(XS[:10], labels[:10]))
-    signs = functools.partial(attacks.fgsm, runner_job.LOGITS_FN, epsilon=0.3)
+    signs = attacks.fgsm(runner_job.LOGITS_FN, epsilon=0.3)
     assert_same(
         runner.attack_images(signs, XS, labels), jax.jit(jax.vmap(signs))(XS, jnp.asarray(labels))
     )
-
-
-def test_the_machine_behind_an_attack_can_be_run():
-    machine = attacks.minimum_norm_machine(runner_job.LOGITS_FN)
-    assert_same(runner.attack_images(machine, XS, TARGETS, batch_size=8), undisturbed())
+    whole = runner.attack_images(jax.jit(ATTACK), XS, TARGETS, batch_size=8)
+    assert_same(whole, undisturbed())
 
 
 def test_another_net_of_the_same_shape_does_not_compile_again():
@@ -121,9 +124,7 @@ def test_another_net_of_the_same_shape_does_not_compile_again():
 
     counts = []
     for seed in range(3):
-        attack = functools.partial(
-            attacks.lbfgs, functools.partial(apply, runner_job.parameters(seed))
-        )
+        attack = attacks.lbfgs(functools.partial(apply, runner_job.parameters(seed)))
         runner.attack_images(attack, XS, TARGETS, batch_size=8)
         counts.append(len(traces))
     per_run = counts[1] - counts[0]
@@ -133,9 +134,7 @@ def test_another_net_of_the_same_shape_does_not_compile_again():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_the_images_keep_their_precision(dtype):
     with jax.enable_x64(dtype == "float64"):
-        attack = functools.partial(
-            attacks.minimum_norm, lambda x: runner_job.LOGITS_FN(x.astype(jnp.float32))
-        )
+        attack = attacks.minimum_norm(lambda x: runner_job.LOGITS_FN(x.astype(jnp.float32)))
         xs = np.asarray(jnp.asarray(XS[:6], dtype))
         result = runner.attack_images(attack, xs, TARGETS[:6], batch_size=4)
         assert result.x_adv.dtype == xs.dtype
@@ -178,10 +177,7 @@ def test_a_wrong_argument_is_named(xs, targets, options, error):
 
 
 def test_what_the_attack_itself_refuses_is_refused():
-    attack = functools.partial(attacks.lbfgs, lambda x: x.sum(), max_evals=0)
-    with pytest.raises(ValueError, match="max_evals: 0"):
-        runner.attack_images(attack, XS, TARGETS)
-    attack = functools.partial(attacks.lbfgs, lambda x: x.sum())
+    attack = attacks.lbfgs(lambda x: x.sum())
     with pytest.raises(ValueError, match=r"logits_fn: returns shape \(\)"):
         runner.attack_images(attack, XS, TARGETS)
 
@@ -210,7 +206,7 @@ def test_the_memory_of_a_long_run_is_flat():
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     kernel = np.random.default_rng(0).normal(size=(784, 10)).astype(np.float32)
-    attack = functools.partial(attacks.minimum_norm, functools.partial(jnp.matmul, b=kernel))
+    attack = attacks.minimum_norm(functools.partial(jnp.matmul, b=kernel))
     xs = np.random.default_rng(1).uniform(size=(20_000, 784)).astype(np.float32)
     targets = np.arange(20_000) % 10
     runner.attack_images(attack, xs[:2000], targets[:2000])
@@ -243,11 +239,11 @@ def test_on_an_accelerator_the_default_batch_leaves_room_for_the_models_gradient
         def logits_fn(x):
             return jnp.tile(jnp.sin(jnp.tile(x, width)), 3)[:10]
 
-        program = lanes.Program.of(functools.partial(attacks.minimum_norm, logits_fn))
+        attack = attacks.minimum_norm(logits_fn)
         x = np.zeros((1, 1000), np.float32)
-        state, _ = lanes.lane.eval_shape(program.static, program.arrays, x[0], np.int32(0))
+        state, _ = lanes.lane.eval_shape(attack, x[0], np.int32(0))
         device = SimpleNamespace(platform=platform, memory_stats=lambda: {"bytes_limit": 400 << 20})
-        return memory.default_batch_size(program, state, x, device)
+        return memory.default_batch_size(attack, state, x, device)
 
     on_cpu = batch_size(1, "cpu")
     assert 8 < on_cpu < 512
@@ -379,19 +375,21 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path, monkeypatch):
         ({"xs": XS / 2}, "xs is"),
         ({"targets": (TARGETS + 1) % 3}, "targets is"),
         (
-            {"attack": functools.partial(attacks.lbfgs, runner_job.LOGITS_FN)},
-            "attack is 'minimum_norm' there and 'lbfgs' here",
+            {"attack": attacks.lbfgs(runner_job.LOGITS_FN)},
+            r"attack is \{.*AugmentedLagrangian.* there and \{.*PenalizedLoss.* here; program is",
         ),
         (
-            {"attack": functools.partial(ATTACK, max_evals=7)},
-            r"options is \{\} there and \{'max_evals': 7\} here; program is",
+            {"attack": attacks.minimum_norm(runner_job.LOGITS_FN, max_evals=7)},
+            r"attack is \{.*'max_evals': 500.* there and \{.*'max_evals': 7.* here; program is",
         ),
-        ({"attack": functools.partial(ATTACK, box=(0.0, 0.9))}, "program is"),
+        (
+            {"attack": attacks.minimum_norm(runner_job.LOGITS_FN, box=(-0.1, 1.1))},
+            "parameters is",
+        ),
         (
             {
-                "attack": functools.partial(
-                    attacks.minimum_norm,
-                    functools.partial(runner_job.apply, runner_job.parameters(9)),
+                "attack": attacks.minimum_norm(
+                    functools.partial(runner_job.apply, runner_job.parameters(9))
                 )
             },
             "holds another run: parameters is",
@@ -416,9 +414,7 @@ def test_a_folder_without_a_readable_word_about_its_run_is_refused(tmp_path, man
 
 
 def test_half_precision_survives_the_disk(tmp_path):
-    attack = functools.partial(
-        attacks.minimum_norm, lambda x: runner_job.LOGITS_FN(x.astype(jnp.float32))
-    )
+    attack = attacks.minimum_norm(lambda x: runner_job.LOGITS_FN(x.astype(jnp.float32)))
     xs = np.asarray(jnp.asarray(XS[:6], jnp.bfloat16))
     first, second = (run(tmp_path, attack, xs, TARGETS[:6]) for _ in range(2))
     assert second.x_adv.dtype == jnp.bfloat16

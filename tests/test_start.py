@@ -1,7 +1,5 @@
 """Searches that start elsewhere than from the image."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +31,7 @@ def test_where_there_is_one_minimum_every_start_leads_there():
     label = int(jnp.argmax(logits_fn(x)))
     for target in {0, 1, 2, 3} - {label}:
         nearest = nearest_in_half_spaces(x, target, kernel, jnp.zeros(4))
-        found = attacks.minimum_norm(logits_fn, x, target, start=START)
+        found = attacks.minimum_norm(logits_fn, start=START)(x, target)
         assert found.success
         assert found.distortion == pytest.approx(rms(nearest, x), rel=2e-3)
 
@@ -51,18 +49,18 @@ def test_the_evaluations_of_the_start_are_counted():
         return logits_fn(x)
 
     target = (int(jnp.argmax(logits_fn(x))) + 1) % 4
-    found = attacks.minimum_norm(counted, x, target, start=START)
+    found = attacks.minimum_norm(counted, start=START)(x, target)
     jax.effects_barrier()
     # One prediction more for the result, and those of tracing run nothing.
     assert evaluations == found.num_evals + 1
-    short = attacks.minimum_norm(logits_fn, x, target, start=START, max_evals=25)
+    short = attacks.minimum_norm(logits_fn, start=START, max_evals=25)(x, target)
     assert short.num_evals <= 25
 
 
 def test_an_image_of_the_target_class_stays_as_it_is():
     logits_fn, x, _ = linear()
     target = int(jnp.argmax(logits_fn(x)))
-    found = attacks.minimum_norm(logits_fn, x, target, start=START)
+    found = attacks.minimum_norm(logits_fn, start=START)(x, target)
     assert found.distortion == 0
     assert found.status == attacks.Status.ALREADY_TARGET
 
@@ -71,7 +69,7 @@ def test_a_batch_and_the_runner_give_what_a_loop_gives():
     logits_fn, _, _ = linear()
     xs = jax.random.uniform(jax.random.key(7), (5, 12))
     targets = jnp.arange(5) % 4
-    attack = functools.partial(attacks.minimum_norm, logits_fn, start=START)
+    attack = attacks.minimum_norm(logits_fn, start=START)
     loop = [attack(x, t) for x, t in zip(xs, targets, strict=True)]
     batch = jax.vmap(attack)(xs, targets)
     run = runner.attack_images(attack, xs, targets, batch_size=2)
@@ -83,7 +81,7 @@ def test_a_batch_and_the_runner_give_what_a_loop_gives():
 def test_images_and_models_that_are_not_finite_leave_an_image_in_the_box():
     logits_fn, x, _ = linear()
     for fn, image in ((logits_fn, x.at[0].set(jnp.nan)), (lambda x: logits_fn(x) / 0, x)):
-        found = attacks.minimum_norm(fn, image, 1, start=START)
+        found = attacks.minimum_norm(fn, start=START)(image, 1)
         assert not found.success
         assert jnp.all((found.x_adv >= 0) & (found.x_adv <= 1))
 
@@ -99,4 +97,4 @@ def test_options_are_checked():
         with pytest.raises((TypeError, ValueError), match="num_steps"):
             attacks.decoupled(num_steps=wrong)
     with pytest.raises(ValueError, match="max_evals"):
-        attacks.minimum_norm(logits_fn, x, 1, start=START, max_evals=21)
+        attacks.minimum_norm(logits_fn, start=START, max_evals=21)(x, 1)

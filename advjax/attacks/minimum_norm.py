@@ -203,7 +203,7 @@ class AugmentedLagrangian:
 def _constraints(
     params: _Multipliers, logits: Float[Array, " classes"], target: Int[Array, ""]
 ) -> Float[Array, " classes"]:
-    """What must not be positive: each class's logit less the target's, plus the margin asked for."""
+    """What must not be positive: each class's logit less the target's, plus the goal."""
     others = jnp.arange(len(logits)) != target
     return jnp.where(others, logits - logits[target] + params.goal, -jnp.inf)
 

@@ -8,36 +8,50 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from advjax import checks
-from advjax.lipschitz import intervals, links, patterns
-from advjax.lipschitz.chains import ChainBound, Method, lipsdp, product
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense
-from advjax.lipschitz.rules import (
-    LINEAR,
+from advjax.lipschitz.jaxpr import chains, intervals, patterns, products
+from advjax.lipschitz.jaxpr.interpreter import Context, interpret
+from advjax.lipschitz.jaxpr.rules import (
+    COMPLEX,
     ROUNDING,
     RULES,
-    NotLipschitzError,
     Rule,
-    linear_layer,
+    bilinear,
+    constant,
+    constants,
+    homogeneous,
 )
-from advjax.lipschitz.signals import Interval, Operation, Scalar, Signal
-from advjax.lipschitz.walk import Context, largest, walk
+from advjax.lipschitz.jaxpr.scaled import Scalar, Scaled, largest, scaled, unscaled
+from advjax.lipschitz.jaxpr.values import (
+    Interval,
+    NotLipschitzError,
+    Operation,
+    Signal,
+    concrete,
+    known_now,
+)
+from advjax.lipschitz.linear import layers
+from advjax.lipschitz.linear.layers import Conv, Dense
+from advjax.lipschitz.linear.lipsdp import ChainBound, Method, lipsdp
+from advjax.lipschitz.linear.lipsdp import product as product_of_norms
+from advjax.lipschitz.linear.norms import upper_norm
 from advjax.types import Box
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One operation of a function that changes distances, or may.
+    """One operation of a function that may change distances.
 
     Attributes:
-        name: The operation, after the names of the modules that it is in.
-        source: The line of code that made it.
-        gain: By how much it multiplies the largest constant of its inputs; infinite if unknown.
+        name: The modules that it is in and the operation, separated by slashes.
+        source: The line of code that it comes from.
+        gain: The factor by which it multiplies the largest constant of its inputs; infinite if
+            unknown.
         constant: The bound from the input of the function up to here.
     """
 
@@ -52,12 +66,17 @@ class Bound(NamedTuple):
 
     Attributes:
         constant: `|fn(x) - fn(y)| <= constant |x - y|` for all x and y that were asked for;
-            infinite where it exceeds its dtype, as a net of fifty layers may exceed float32.
-        layers: What the bound is made of, in the order of evaluation.
+            infinite where it exceeds its dtype, as a network of fifty layers may exceed float32.
+            From `pairwise` a matrix, with such a constant of the difference of each two outputs.
+        layers: The operations that contribute to the bound, in the order of evaluation.
+        radius: How far from the example inputs it holds, in L2; infinite without a `radius`. It is
+            0 where the example inputs are outside the `box`. A bound with a `box` holds between
+            inputs in that box only, whatever the radius.
     """
 
-    constant: Float[Array, ""]
+    constant: Float[Array, "*pairs"]
     layers: tuple[Layer, ...]
+    radius: Float[ArrayLike, ""] = math.inf
 
 
 def bound(
@@ -67,43 +86,49 @@ def bound(
     box: Box | None = None,
     radius: Float[ArrayLike, ""] | None = None,
 ) -> Bound:
-    """A Lipschitz bound of any JAX function, read off its jaxpr.
+    """Bound the Lipschitz constant of any JAX function, read off its jaxpr.
 
-    Each intermediate result has a constant with respect to the input: a layer multiplies it by the
-    layer's certified norm, a sum of two results has at most the sum of theirs, so that branches
-    that join are counted once each. The default of `jax.lax.platform_dependent` stands for all of
-    its alternatives, which are to compute the same.
+    Each intermediate result has a constant with respect to the input. A layer multiplies it by the
+    layer's certified norm; a sum of two results has at most the sum of theirs, so that each of two
+    branches that join is counted once. The default of `jax.lax.platform_dependent` stands for all
+    of its alternatives, which must compute the same.
 
     Args:
-        fn: A function of arrays. Its parameters are what it closes over (a `functools.partial` will
-            do); they may be traced, and the bound is differentiable with respect to them.
+        fn: A function of arrays. Its parameters are what it closes over, as by a
+            `functools.partial`; they may be traced, and the bound is differentiable with respect to
+            them.
         *example_inputs: Arrays of the shapes and dtypes of its arguments, or
-            `jax.ShapeDtypeStruct`s; the values do not matter, but for a `radius`.
-        method: How to bound convolutions and dense layers that only biases and nondecreasing
-            activations are between, such as `lipsdp`, or with options
+            `jax.ShapeDtypeStruct`s; the values do not matter without a `radius`.
+        method: How to bound a chain of convolutions and dense layers with only biases and
+            nondecreasing activations between them, such as `lipsdp`, or with options
             `functools.partial(lipsdp, num_steps=500)`. Such a chain is then one layer of the
-            breakdown. By default the product of the norms.
-        box: Where the inputs are, a pair (lower, upper) that broadcasts to each of them. The bound
-            then holds between any two inputs in the box, and is the smaller for it where a unit
+            breakdown. By default the bound is the product of the norms.
+        box: A pair (lower, upper) that broadcasts to each input and that the inputs lie between.
+            The bound then holds between any two inputs in the box, and is smaller where a unit
             saturates or stays on one side of its ReLU. By default they may be anywhere.
-        radius: How far, in L2, all inputs together may be from `example_inputs`. With a box, both.
+        radius: The largest L2 distance of all inputs together from `example_inputs`. With a box,
+            the inputs satisfy both.
 
     Returns:
         A `Bound`, in L2 over all inputs and all outputs taken together. It is that of the function
-        in exact arithmetic; what evaluating it in float32 adds is not a matter of the input.
+        in exact arithmetic, whatever precision it computes in: what rounding adds, that of a
+        bfloat16 layer too, is not a matter of the input. The bound itself is computed in float32 at
+        least. It is infinite where a traced `box` or `radius` is no region.
 
     Raises:
         TypeError: If an input is not floating, or not an array although there is a `radius`.
-        ValueError: If `box` is not such a pair.
+        ValueError: If `box` is not such a pair, or a region is none: a lower bound above the upper,
+            a negative radius, or not a number.
         NotLipschitzError: If there is an operation without a rule, or without a bound, on the way
             to the output; the message names it and its line, and says what to do. It is a
             `ValueError`.
 
-    Source: Szegedy et al. (2013), section 4.3, with the corrections of Virmaux and Scaman (2018).
+    Reference: Szegedy et al. (2013), section 4.3, with the corrections of Virmaux and Scaman
+    (2018).
     """
-    outputs = _outputs(fn, example_inputs, method, box, radius)
-    total = RULES["concatenate"](Operation("", tuple(outputs), {}, ())) if outputs else 0.0
-    return Bound(jnp.asarray(total * ROUNDING), tuple(_layers(outputs)))
+    region = _region(fn, example_inputs, box, radius)
+    outputs = _outputs(region, method)
+    return Bound(_array(_total(outputs)), tuple(_layers(outputs)), region.certifies)
 
 
 def pairwise(
@@ -112,105 +137,270 @@ def pairwise(
     method: Method = lipsdp,
     box: Box | None = None,
     radius: Float[ArrayLike, ""] | None = None,
-) -> Float[Array, "classes classes"]:
-    """Lipschitz bounds of the difference of each two outputs of a function.
+) -> Bound:
+    """Bound the Lipschitz constant of the difference of each two outputs of a function.
 
-    They certify more than the bound of all outputs does: `sqrt(2)` times that is what each pair has
-    at most.
+    These bounds certify more than the bound of all outputs: none of them exceeds `sqrt(2)` times
+    that.
 
     Args:
-        fn: As for `bound`; its result is one vector, such as logits.
-        *example_inputs: As for `bound`.
-        method: As for `bound`.
-        box: As for `bound`.
-        radius: As for `bound`. The bounds then certify no more than this radius.
+        fn: A function of arrays whose result is one vector, such as logits.
+        *example_inputs: Arrays of the shapes and dtypes of its arguments, or
+            `jax.ShapeDtypeStruct`s; the values do not matter without a `radius`.
+        method: How to bound the chain of layers that the function ends in, such as `lipsdp`.
+        box: A pair (lower, upper) that the inputs lie between. By default they may be anywhere.
+        radius: The largest L2 distance of all inputs together from `example_inputs`. By default
+            they may be anywhere.
 
     Returns:
-        A symmetric matrix for `certified_radius`. Where the function does not end in a dense layer,
-        the pairs all have `sqrt(2)` times the bound of the function.
+        A `Bound` for `certified_radius` whose `constant` is a symmetric matrix. Where the function
+        does not end in a dense layer, the pairs all have `sqrt(2)` times the bound of the function.
 
     Raises:
-        TypeError: As for `bound`.
-        ValueError: As for `bound`, or if the result is not one vector.
+        TypeError: If an input is not floating, or not an array although there is a `radius`.
+        ValueError: If the result is not one vector, or `box` or `radius` is no region.
+        NotLipschitzError: If there is an operation without a bound on the way to the output.
     """
-    outputs = _outputs(fn, example_inputs, method, box, radius)
     out = jax.eval_shape(fn, *example_inputs)
-    if len(jnp.shape(out)) != 1 or not hasattr(out, "shape"):
+    if not hasattr(out, "shape") or len(out.shape) != 1:
         raise ValueError(f"fn: returns {out}, expected one vector; use jax.vmap for a batch.")
-    n = out.shape[0]
+    region = _region(fn, example_inputs, box, radius)
+    outputs = _outputs(region, method)
+    n, breakdown = out.shape[0], tuple(_layers(outputs))
     if not outputs:
-        return jnp.zeros((n, n), out.dtype)
-    dense = links.last_dense(outputs[0])
+        return Bound(jnp.zeros((n, n)), breakdown, region.certifies)
+    dense = chains.last_dense(outputs[0])
     if dense is None:
-        steepest = math.sqrt(2) * jnp.asarray(outputs[0].constant, out.dtype)
-        return jnp.where(jnp.eye(n, dtype=bool), 0, steepest * ROUNDING)
-    chain = links.ending(dense)
-    assert chain is not None
-    return _chain_bound(method, chain).pairs * chain.start.constant * ROUNDING
+        steepest = _array(scaled(math.sqrt(2) * ROUNDING * outputs[0].constant))
+        pairs = jnp.where(jnp.eye(n, dtype=bool), 0, steepest)
+    else:
+        chain = chains.ending(dense)
+        assert chain is not None
+        found = _chain_bound(method, chain).pairs
+        pairs = found * chain.start.constant * ROUNDING
+        # A product that is not 0 but underflows, or 0 times infinity, is rounded up.
+        tiny = jnp.finfo(pairs.dtype).tiny
+        pairs = jnp.where(found > 0, jnp.maximum(pairs, tiny), pairs)
+        pairs = jnp.where(jnp.isnan(pairs), jnp.inf, pairs)
+    return Bound(pairs, breakdown, region.certifies)
 
 
 def linear_layers(
     fn: Callable[..., PyTree[Array]], *example_inputs: PyTree[Float[Array, "..."]]
-) -> list[tuple[Dense | Convolution, Float[Array, "blocks *kernel"]]]:
-    """The dense layers and convolutions of a function, each with its kernels."""
+) -> list[layers.Layer]:
+    """Find the dense layers and convolutions of a function.
+
+    Args:
+        fn: A function of arrays, such as a network with its parameters bound.
+        *example_inputs: Arrays of the shapes and dtypes of its arguments, or
+            `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        A `Dense` or `Conv` for each, in the order of evaluation. Its kernel has a leading axis: the
+        kernels of a batched product, which see different inputs, or one. `jax.vmap` what is done
+        with it.
+    """
     found = []
 
-    def record(op, avals, rules):
-        if rules is RULES and op.name in LINEAR:
-            found.append(linear_layer(op))
+    def record(op, avals, function_rule):
+        if function_rule is None and products.is_product(op):
+            found.append(_stack(products.product(op)))
         return [Signal(a.shape, a.dtype, 1.0, op, op) for a in avals]
 
-    closed = jax.make_jaxpr(fn)(*example_inputs)
-    walk(
-        closed,
-        [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars],
-        Context(record),
-    )
+    program = jax.make_jaxpr(fn)(*example_inputs)
+    inputs = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in program.jaxpr.invars]
+    interpret(program, inputs, Context(record))
     return found
 
 
-def _outputs(
+# Where programs meet arrays: the products of a jaxpr as layers
+
+
+def _layer(product: products.Layer) -> layers.Layer:
+    if isinstance(product, products.Product):
+        return Dense(product.kernel)
+    return Conv(
+        product.kernel,
+        product.input_shape,
+        strides=product.strides,
+        padding=product.padding,
+        dilation=product.dilation,
+        groups=product.groups,
+    )
+
+
+def _stack(product: products.Layer) -> layers.Layer:
+    """A layer whose kernel has a leading axis, of a product whose kernel has one."""
+    return jax.vmap(lambda kernel: _layer(product._replace(kernel=kernel)))(product.kernel)
+
+
+def _linear(op: Operation) -> Scalar:
+    """The rule of products with constant kernels: the largest norm of those side by side."""
+    if not math.prod(op.shape) or not all(math.prod(jnp.shape(x)) for x in op.inputs):
+        return 0.0
+    if len(op.signals) == 2:
+        return bilinear(op)
+    return _largest_norm(_stack(products.product(op))) * op.signals[0].constant
+
+
+@jax.jit
+def _largest_norm(stack: layers.Layer) -> Float[Array, ""]:
+    return jnp.max(jax.lax.map(upper_norm, stack))
+
+
+RULES |= dict.fromkeys(("dot_general", "conv_general_dilated"), homogeneous(_linear))
+
+
+# The inputs and where they are
+
+
+class _Region(NamedTuple):
+    """A traced function and the inputs in question.
+
+    Attributes:
+        program: The function, traced.
+        inputs: Its inputs, with the intervals that they lie in.
+        radius: Their largest distance from the example; None if unlimited.
+        certifies: The radius that a bound here may certify: 0 if the example is outside the box.
+    """
+
+    program: core.ClosedJaxpr
+    inputs: list[Signal]
+    radius: Float[Array, ""] | None
+    certifies: Float[ArrayLike, ""]
+
+
+def _region(
     fn: Callable[..., PyTree[Array]],
     example_inputs: Sequence[Any],
-    method: Method | None,
     box: Box | None,
     radius: Float[ArrayLike, ""] | None,
-) -> list[Signal]:
-    """What depends on the input among the results of a function."""
-    for leaf in jax.tree.leaves(example_inputs):
+) -> _Region:
+    leaves = jax.tree.leaves(example_inputs)
+    for leaf in leaves:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
                 f"example_inputs: dtype {jnp.result_type(leaf)}, expected floating ones; bind what "
                 "is no input with functools.partial."
             )
-    closed = jax.make_jaxpr(fn)(*example_inputs)
-    inputs = [
-        _input(leaf, v.aval, box, radius)
-        for leaf, v in zip(jax.tree.leaves(example_inputs), closed.jaxpr.invars, strict=True)
-    ]
-    context = Context(functools.partial(_apply, method, radius))
-    outputs = [x for x in walk(closed, inputs, context) if isinstance(x, Signal)]
+    program = jax.make_jaxpr(fn)(*example_inputs)
+    avals = [v.aval for v in program.jaxpr.invars]
+    boxes = [None if box is None else _ends(box, aval) for aval in avals]
+    valid = [_is_box(ends) for ends in boxes if ends is not None]
+    if not _is_true(valid):
+        raise ValueError(
+            "box: a lower bound above its upper bound, or not a number; expected lower <= upper."
+        )
+    if radius is None:
+        infinite = _unless(valid)
+        inputs = [
+            Signal(aval.shape, aval.dtype, infinite, interval=ends)
+            for aval, ends in zip(avals, boxes, strict=True)
+        ]
+        return _Region(program, inputs, None, jnp.asarray(math.inf))
+
+    if jnp.shape(radius):
+        raise ValueError(f"radius: shape {jnp.shape(radius)}, expected one number; use jax.vmap.")
+    if not _is_true([not_negative := _is_not_negative(radius)]):
+        raise ValueError(f"radius: {radius}, expected a number of at least 0.")
+    radius = jnp.asarray(radius, jnp.result_type(float))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise TypeError("example_inputs: shapes, expected the arrays that `radius` is around.")
+    examples = [_example(leaf, aval) for leaf, aval in zip(leaves, avals, strict=True)]
+    numbers = [_is_number(x) for x in examples]
+    if not _is_true(numbers):
+        raise ValueError("example_inputs: not a number, expected what `radius` is around.")
+    infinite = _unless([*valid, not_negative, *numbers])
+    inputs, outside = [], []
+    for x, ends, aval in zip(examples, boxes, avals, strict=True):
+        # The projection onto the box is no farther from any point of it than the example is.
+        nearest = x if ends is None else _clip(x, ends)
+        outside.append(jnp.any(nearest != x))
+        centre = Interval(nearest, nearest)
+        interval = intervals.widened_by(centre, radius)
+        interval = interval if ends is None else intervals.intersection(interval, ends)
+        inputs.append(Signal(aval.shape, aval.dtype, infinite, interval=interval, centre=centre))
+    certifies = jnp.where(jnp.any(jnp.asarray(outside, bool)), 0, radius)
+    return _Region(program, inputs, radius, certifies)
+
+
+@known_now
+def _is_box(ends: Interval) -> Bool[Array, ""]:
+    return jnp.all(ends.lower <= ends.upper)
+
+
+@known_now
+def _is_not_negative(radius: Float[ArrayLike, ""]) -> Bool[Array, ""]:
+    return jnp.asarray(radius) >= 0
+
+
+@known_now
+def _is_number(x: Float[Array, "*shape"]) -> Bool[Array, ""]:
+    return ~jnp.any(jnp.isnan(x))
+
+
+@known_now
+def _example(leaf: Float[ArrayLike, "*shape"], aval: Any) -> Float[Array, "*shape"]:
+    return jnp.asarray(leaf, aval.dtype).astype(jnp.promote_types(aval.dtype, jnp.float32))
+
+
+@known_now
+def _clip(x: Float[Array, "*shape"], ends: Interval) -> Float[Array, "*shape"]:
+    return jnp.clip(x, ends.lower, ends.upper)
+
+
+@known_now
+def _ends(box: Box, aval: Any) -> Interval:
+    """The ends of a box for one input, rounded outwards."""
+    dtype = jnp.promote_types(aval.dtype, jnp.float32)
+    like = jnp.zeros(aval.shape, dtype)
+    lower, upper = (like + end for end in checks.box(box, like))
+    if aval.dtype != dtype:  # inputs may have been clipped to the box in their own precision
+        low, high = (end.astype(aval.dtype).astype(dtype) for end in (lower, upper))
+        inverted = lower > upper  # which stays so
+        lower, upper = (
+            jnp.where(inverted, lower, jnp.minimum(lower, low)),
+            jnp.where(inverted, upper, jnp.maximum(upper, high)),
+        )
+    # An end such as 0.1 has been rounded to the nearest number, which may be inside the box.
+    return Interval(
+        jnp.where(lower < upper, jnp.nextafter(lower, -jnp.inf), lower),
+        jnp.where(lower < upper, jnp.nextafter(upper, jnp.inf), upper),
+    )
+
+
+def _is_true(conditions: Sequence[Array]) -> bool:
+    """Whether conditions are true, as far as they are known now."""
+    return all(bool(condition) for condition in conditions if concrete(condition))
+
+
+def _unless(conditions: Sequence[Array]) -> Scalar:
+    """The constant of an input: 1, but infinite where a condition on its region is not met."""
+    traced = [condition for condition in conditions if not concrete(condition)]
+    return jnp.where(functools.reduce(jnp.logical_and, traced), 1, jnp.inf) if traced else 1.0
+
+
+def _outputs(region: _Region, method: Method | None) -> list[Signal]:
+    """The results of a function that depend on its inputs."""
+    context = Context(functools.partial(_apply, method, region.radius))
+    results = interpret(region.program, region.inputs, context)
+    outputs = [x for x in results if isinstance(x, Signal)]
     for signal in outputs:
         if signal.reason:
             raise NotLipschitzError(signal.reason)
     return outputs
 
 
-def _input(leaf: Any, aval: Any, box: Box | None, radius: Float[ArrayLike, ""] | None) -> Signal:
-    """An input of the function, and where it is."""
-    interval = centre = None
-    if radius is not None:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"example_inputs: {leaf}, expected the array that `radius` is around.")
-        x = jnp.asarray(leaf, aval.dtype)
-        centre = Interval(x, x)
-        interval = intervals.widened_by(centre, radius)
-    if box is not None:
-        like = jnp.zeros(aval.shape, aval.dtype)
-        lower, upper = checks.box(box, like)
-        ends = Interval(like + lower, like + upper)
-        interval = ends if interval is None else intervals.intersection(interval, ends)
-    return Signal(aval.shape, aval.dtype, 1.0, interval=interval, centre=centre)
+def _total(outputs: Sequence[Signal]) -> Scaled:
+    """The constant of all outputs together."""
+    if not outputs:
+        return scaled(0.0)
+    total = constant(Operation("", tuple(outputs), {}, ()), RULES["concatenate"])
+    return scaled(total.mantissa * ROUNDING, total.exponent)
+
+
+def _array(number: Scaled) -> Float[Array, ""]:
+    return jnp.asarray(unscaled(number), jnp.result_type(float))
 
 
 def _apply(
@@ -218,98 +408,115 @@ def _apply(
     radius: Float[ArrayLike, ""] | None,
     op: Operation,
     avals: Sequence[Any],
-    rules: dict,
+    function_rule: Rule | None,
 ) -> list[Signal]:
-    """The results of an operation, by a pattern that it completes or by its rule."""
-    found = patterns.match(op, avals[0]) if rules is RULES else None
-    layer, rule = op, rules.get(op.name)
+    """Bound the results of an operation, by a pattern that it completes or by its rule."""
+    is_primitive = function_rule is None
+    found = patterns.match(op, avals[0]) if is_primitive else None
+    layer, rule = op, RULES.get(op.name) if is_primitive else function_rule
     if found is not None:
         layer, gain = found
-        rule = functools.partial(_times, gain)
-    slope = links.local_slope(layer) if rules is RULES else None
+        rule = _times(gain)
+    slope = chains.local_slope(layer) if is_primitive else None
     if isinstance(slope, jax.Array):
-        rule = functools.partial(_times, jnp.max(slope, initial=0))
+        rule = _times(jnp.max(slope, initial=0))
     reason = next((s.reason for s in layer.signals if s.reason), "")
-    constant: Scalar | Callable[[], Scalar] = float("inf")
+    values: Sequence[Scaled | Callable[[], Scaled] | NotLipschitzError]
+    values = [scaled(math.inf)] * len(avals)
     if reason:
         pass
     elif rule is None:
         reason = _unsupported(op, "there is no rule for it")
-    elif method is not None and links.is_link(layer):
+    elif is_primitive and layer is op and op.name not in COMPLEX and _is_complex(op, avals):
+        reason = _unsupported(op, "there is no rule for it in complex numbers")
+    elif method is not None and chains.is_link(layer):
         # Of a chain only the last layer is asked for its constant.
         layer, rule = _chained(method, layer, rule)
-        constant = functools.partial(_rounded_up, layer, rule)
+        values = [functools.partial(constant, layer, rule)]
     else:
         try:
-            constant = _rounded_up(layer, rule)
+            values = constants(layer, rule, len(avals))
         except NotLipschitzError as error:
-            reason = _unsupported(op, str(error))
+            reason = _unsupported(op, str(error), error.remedy)
     interval = centre = None
-    if rules is RULES and not reason:
+    if is_primitive and not reason:
         interval, centre = _location(op, radius)
-    return [Signal(a.shape, a.dtype, constant, op, layer, reason, interval, centre) for a in avals]
+
+    def result(aval, value):
+        why = reason
+        if isinstance(value, NotLipschitzError):
+            why = _unsupported(op, str(value), value.remedy)
+        elif not why and not jnp.issubdtype(aval.dtype, jnp.inexact):
+            why = _unsupported(op, f"a result is {aval.dtype}, and jumps")
+        found = scaled(math.inf) if why else value
+        return Signal(aval.shape, aval.dtype, found, op, layer, why, interval, centre)
+
+    return [result(*each) for each in zip(avals, values, strict=True)]
+
+
+def _is_complex(op: Operation, avals: Sequence[Any]) -> bool:
+    dtypes = [x.dtype for x in (*op.signals, *avals)]
+    return any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes)
 
 
 def _location(
     op: Operation, radius: Float[ArrayLike, ""] | None
 ) -> tuple[Interval | None, Interval | None]:
-    """What the entries of a result are between, in all and at the example inputs."""
+    """Bounds of the entries of a result: for all inputs in question, and at the example."""
     interval, centre = (
         intervals.enclosure(op, [pick(x) if isinstance(x, Signal) else x for x in op.inputs])
         for pick in (lambda signal: signal.interval, lambda signal: signal.centre)
     )
     if interval is not None and centre is not None and radius is not None:
-        chain = links.ending(op)
+        chain = chains.ending(op)
         if chain is not None:
             # An entry moves by no more than its own Lipschitz constant times the radius.
-            lengths = product(chain.layers, chain.slopes).outputs * chain.start.constant
-            reach = links.along_units(op, lengths * radius * ROUNDING)
+            lengths = (
+                product_of_norms(_layers_of(chain), chain.slopes).outputs * chain.start.constant
+            )
+            reach = chains.along_units(op, lengths * radius * ROUNDING)
             interval = intervals.intersection(interval, intervals.widened_by(centre, reach))
     return interval, centre
 
 
-def _rounded_up(layer: Operation, rule: Rule) -> Scalar:
-    constant = rule(layer)
-    if any(constant is signal.constant for signal in layer.signals):
-        return constant
-    return constant * ROUNDING
-
-
-def _times(gain: Scalar, layer: Operation) -> Scalar:
-    return gain * layer.signals[0].constant
+def _times(gain: Scalar) -> Rule:
+    return homogeneous(lambda layer: gain * layer.signals[0].constant)
 
 
 def _chained(method: Method, op: Operation, rule: Rule) -> tuple[Operation, Rule]:
     """The chain that ends in an operation, as one layer, if it has more layers than that one."""
-    chain = links.ending(op)
+    chain = chains.ending(op)
     if chain is None or len(chain.layers) == 1:
         return op, rule
     layer = op._replace(name=f"{op.name} ({len(chain.layers)} layers)", inputs=(chain.start,))
-    return (
-        layer,
-        lambda layer: _chain_bound(method, chain).constant * layer.inputs[0].constant,
+    return layer, homogeneous(
+        lambda layer: _chain_bound(method, chain).constant * layer.inputs[0].constant
     )
 
 
-def _chain_bound(method: Method, chain: links.Chain) -> ChainBound:
-    found = method(chain.layers, chain.steepest)
+def _layers_of(chain: chains.Chain) -> list[layers.Layer]:
+    return [_layer(product) for product in chain.layers]
+
+
+def _chain_bound(method: Method, chain: chains.Chain) -> ChainBound:
+    found = method(_layers_of(chain), chain.steepest)
     if chain.slopes is chain.steepest:
         return found
-    # What the multipliers that a method finds are worth need not fall with the slopes.
-    return jax.tree.map(jnp.minimum, found, method(chain.layers, chain.slopes))
+    # Smaller slopes do not always give a smaller bound: the multipliers that a method finds differ.
+    return jax.tree.map(jnp.minimum, found, method(_layers_of(chain), chain.slopes))
 
 
-def _unsupported(op: Operation, why: str) -> str:
+def _unsupported(op: Operation, why: str, remedy: str = "") -> str:
     where = " ".join(filter(None, [op.label and f"in {op.label}", op.source and f"at {op.source}"]))
-    return (
-        f"{op.name} {where or 'at an unknown line'}: {why}. Tell its constant with "
-        f'lipschitz.register_rule("{op.name}", rule), or put what it is a part of in a function '
-        "under jax.jit and register a rule for that."
+    remedy = remedy or (
+        f'Tell its constant with lipschitz.register_rule("{op.name}", rule), or put what it is a '
+        "part of in a function under jax.jit and register a rule for that."
     )
+    return f"{op.name} {where or 'at an unknown line'}: {why}. {remedy}"
 
 
 def _layers(outputs: Sequence[Signal]) -> Iterator[Layer]:
-    """The operations that outputs are made of and that do not leave the constant as it is."""
+    """The operations on the way to the outputs that change the constant, in order."""
     seen: set[int] = set()
     stack: list[tuple[Signal, bool]] = [(signal, False) for signal in reversed(outputs)]
     while stack:
@@ -321,10 +528,16 @@ def _layers(outputs: Sequence[Signal]) -> Iterator[Layer]:
             seen.add(id(signal))
             stack.append((signal, True))
             stack.extend((s, False) for s in reversed(op.signals))
-        elif not any(signal.constant is s.constant for s in op.signals):
-            before = largest([s.constant for s in op.signals])
+        elif not any(signal.scaled is s.scaled for s in op.signals):
+            before = largest([s.scaled for s in op.signals])
             name = "/".join(filter(None, [op.label, op.name]))
-            constant = jnp.asarray(signal.constant)
-            gain = jnp.where(before > 0, constant / jnp.where(before > 0, before, 1), 0)
-            gain = jnp.where(jnp.isfinite(constant), gain, jnp.inf)
-            yield Layer(name, op.source, gain, constant)
+            after = jnp.asarray(signal.constant)
+            yield Layer(name, op.source, _gain(signal.scaled, before, after), after)
+
+
+def _gain(after: Scaled, before: Scaled, constant: Float[Array, ""]) -> Float[Array, ""]:
+    """The ratio of two constants; infinite where the first exceeds its dtype."""
+    positive = jnp.asarray(before.mantissa) > 0
+    ratio = jnp.asarray(after.mantissa) / jnp.where(positive, before.mantissa, 1)
+    gain = unscaled(scaled(ratio, after.exponent - before.exponent))
+    return jnp.where(jnp.isfinite(constant), jnp.where(positive, gain, 0), jnp.inf)

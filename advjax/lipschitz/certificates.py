@@ -7,47 +7,79 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from advjax import checks
+from advjax.lipschitz.bound import Bound
+
+# How much rounding changes a logit, relative to the larger of two: 1,024 roundings, but no more
+# than those of float32 where the logits themselves are coarser.
+_ERROR = 2.0**-13
+_ROUNDINGS = 2
 
 
 def certified_radius(
     logits: Float[ArrayLike, " classes"],
     label: Int[ArrayLike, ""],
-    constant: Float[ArrayLike, "*pairs"],
+    constant: Bound | Float[ArrayLike, "*pairs"],
+    *,
+    error: Float[ArrayLike, ""] | None = None,
 ) -> Float[Array, ""]:
-    """The L2 radius around one example within which its predicted class cannot change.
+    """Certify an L2 radius around one example within which its predicted class cannot change.
+
+    The bound is that of the network in exact arithmetic, and so is the certificate. The logits are
+    computed, and may differ from the exact ones by their rounding. How much that is depends on what
+    happens inside the network, which the logits do not tell; `error` says it.
 
     Args:
         logits: Logits of one example.
         label: Its class, in `[0, classes)`; it may be traced.
-        constant: A Lipschitz bound of the logits, such as `bound(...).constant`; or a matrix with
-            one of the difference of each two, such as `pairwise(...)`.
+        constant: A Lipschitz bound of the logits: what `bound` or `pairwise` returns. A number, or
+            a matrix with one for the difference of each two logits, is taken to hold everywhere;
+            pass a bound that holds near one example as the `Bound` itself, which knows how far.
+        error: The most that a logit may differ from its exact value. By default 1.2e-4 of the
+            larger magnitude of the two logits compared, a thousand roundings of float32 (and two
+            roundings of coarser logits). Give it for a network that computes in bfloat16 or TF32
+            and returns float32 logits, or whose logits are small differences of large numbers.
 
     Returns:
-        The smallest, over the other classes, of the lead over it divided by the constant of the
-        pair, which is at most `sqrt(2) constant`. In L2: for the paper's distortion divide it by
-        `sqrt(x.size)`. It is 0 where the label is not the predicted class or a constant is not
-        finite, and infinite where the label is predicted and the constants are 0.
+        The smallest, over the other classes, of the margin over it, less the rounding of both
+        logits, divided by the constant of the pair, which is at most `sqrt(2) constant`. In L2: for
+        the paper's distortion divide it by `sqrt(x.size)`. It is no larger than the radius that the
+        `Bound` holds in, and for a `Bound` with a `box` it certifies images in that box only, of an
+        example in it. It is 0 where the label is not the predicted class for certain or a constant
+        is not finite, and infinite where the label is predicted and the constants are 0 everywhere.
 
     Raises:
         ValueError: If `logits` has a batch axis; `jax.vmap` it instead. If `constant` is neither a
             number nor such a matrix.
         TypeError: If `label` is not an integer.
 
-    Source: Tsuzuku et al. (2018), proposition 1: a difference of two logits is `sqrt(2)` times as
-    steep as all of them.
+    Reference: Tsuzuku et al. (2018), proposition 1: a difference of two logits is `sqrt(2)` times
+    as steep as all of them.
     """
     logits, label = checks.one_example(logits), checks.class_index("label", label)
-    constant = jnp.asarray(constant, logits.dtype)
+    roundoff = float(jnp.finfo(logits.dtype).eps)
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    logits = logits.astype(dtype)
+    radius = jnp.asarray(math.inf, dtype)
+    if isinstance(constant, Bound):
+        radius, constant = jnp.asarray(constant.radius, dtype), constant.constant
+    constant = jnp.asarray(constant, dtype)
     if constant.shape not in {(), 2 * logits.shape}:
         raise ValueError(
             f"constant: shape {constant.shape}, expected a scalar or {2 * logits.shape}, one for "
             "each two logits."
         )
     steepness = constant[label] if constant.ndim else math.sqrt(2) * constant
-    lead = jnp.maximum(logits[label] - logits, 0)
-    rounded_down = 1 - 8 * jnp.finfo(logits.dtype).eps
-    positive = steepness > 0
-    radius = rounded_down * lead / jnp.where(positive, steepness, 1)
-    flat = (steepness == 0) & (lead > 0)
-    radii = jnp.where(positive, radius, jnp.where(flat, jnp.inf, 0))
-    return jnp.min(jnp.where(jnp.arange(len(logits)) == label, jnp.inf, radii))
+    top = logits[label]
+    if error is None:
+        # Each of the two logits may be off; an infinite one, as of a masked class, is exact.
+        relative = max(_ROUNDINGS * roundoff, min(_ERROR, 1024 * roundoff))
+        larger = jnp.maximum(jnp.abs(top), jnp.abs(logits))
+        error = jnp.where(jnp.isfinite(larger), relative * larger, 0)
+    margin = jnp.maximum(top - logits - 2 * jnp.asarray(error, dtype), 0)
+    rounded_down = 1 - 8 * jnp.finfo(dtype).eps
+    usable = (steepness > 0) & jnp.isfinite(steepness)
+    within = rounded_down * margin / jnp.where(usable, steepness, 1)
+    flat = (steepness == 0) & (margin > 0)
+    radii = jnp.where(usable, within, jnp.where(flat, jnp.inf, 0))
+    others = jnp.arange(len(logits)) != label
+    return jnp.minimum(jnp.min(jnp.where(others, radii, jnp.inf)), radius)

@@ -90,7 +90,9 @@ def fingerprint(attack: Attack, xs: np.ndarray, targets: np.ndarray) -> dict[str
         state = attack.step(attack.init(x, target))
         return attack.done(state), attack.result(state)
 
-    text = jax.jit(one_step).lower(attack, xs[0], targets[0]).as_text() if len(xs) else ""
+    # Of shapes alone, as the devices may be others when the run continues.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), attack)
+    text = jax.jit(one_step).lower(shapes, xs[0], targets[0]).as_text() if len(xs) else ""
     return {
         "jax": jax.__version__,
         "attack": _options(attack.method),

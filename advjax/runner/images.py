@@ -17,7 +17,7 @@ from advjax import checks, sharding
 from advjax.attacks import Attack, AttackResult
 from advjax.progress import bar
 from advjax.runner.checkpoint import Checkpoint, fingerprint
-from advjax.runner.lanes import AXIS, as_attack, attack_in_lanes, lane
+from advjax.runner.lanes import AXIS, as_attack, attack_in_lanes, hoist, lane
 from advjax.runner.memory import default_batch_size
 from advjax.types import Box
 
@@ -83,7 +83,7 @@ def attack_images(
         # The lanes have a mesh of their own, while the caller's may be explicit.
         stack.enter_context(sharding.no_mesh())
         replicated = NamedSharding(lanes_mesh, PartitionSpec())
-        attack = as_attack(jax.device_put(attack, replicated), example)
+        attack = hoist(jax.device_put(as_attack(attack), replicated), example)
         state, result = lane.eval_shape(attack, example, jax.ShapeDtypeStruct((), np.int32))
         results = jax.tree.map(lambda leaf: np.zeros((len(xs), *leaf.shape), leaf.dtype), result)
         if batch_size is None:

@@ -193,18 +193,20 @@ def _turn(
     )(attack, lanes, occupied, arrivals, wanted)
 
 
-def as_attack(
-    attack: Attack | Callable[..., AttackResult], x: Float[Array, "*shape"] | jax.ShapeDtypeStruct
-) -> Attack:
-    """Return the attack on images like `x`, with every array that it holds as a leaf.
-
-    Any other function of an image and a class becomes an attack of a single step.
-    """
+def as_attack(attack: Attack | Callable[..., AttackResult]) -> Attack:
+    """Return an attack as it is, and any other function of image and class as one of one step."""
     if isinstance(attack, Attack):
-        return attack.hoist(x)
+        return attack
     checks.model("attack", attack)
+    return Attack(attack, Box(), _Whole())
+
+
+def hoist(attack: Attack, x: jax.ShapeDtypeStruct) -> Attack:
+    """Return the attack on images like `x`, with every array that it closes over as a leaf."""
+    if not isinstance(attack.method, _Whole):
+        return attack.hoist(x)
     target = jax.ShapeDtypeStruct((), jnp.int32)
-    return Attack(Function(attack).hoist(x, target), Box(), _Whole())
+    return dataclasses.replace(attack, logits_fn=Function(attack.logits_fn).hoist(x, target))
 
 
 class _WholeState(NamedTuple):

@@ -7,7 +7,7 @@ Verdict = Literal["holds", "holds in part", "does not hold", "cannot be tested h
 
 
 class Claim(NamedTuple):
-    """What the paper says, on what evidence, what we found, and what follows."""
+    """A claim of the paper, its evidence, our evidence, and our verdict."""
 
     claim: str
     paper: str
@@ -15,7 +15,7 @@ class Claim(NamedTuple):
     verdict: Verdict
 
 
-def verdict(borne_out: Iterable[bool]) -> Verdict:
-    """The verdict on a claim of several parts, each of which was borne out or not."""
-    parts = list(borne_out)
+def verdict(parts: Iterable[bool]) -> Verdict:
+    """The verdict on a claim of several parts, each of which holds or not."""
+    parts = list(parts)
     return "holds" if all(parts) else "holds in part" if any(parts) else "does not hold"

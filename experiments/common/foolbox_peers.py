@@ -1,8 +1,8 @@
-"""The field's minimum-distortion attacks, from foolbox, to compare with.
+"""Minimum-distortion attacks from foolbox, to compare with.
 
-They attack the net through foolbox's own JAX backend, all images in one batch. The net and its
-gradient are compiled; the attacks' own arithmetic foolbox dispatches op by op, and there most of
-their time goes.
+They attack the network through foolbox's own JAX backend, all images in one batch. The network and
+its gradient are compiled; foolbox dispatches the arithmetic of the attacks op by op, which is where
+most of the time goes.
 """
 
 import functools
@@ -15,19 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from advjax.types import LogitsFn
 from experiments.common.peers import Outcome, Way
 
 
 def require(*packages: str) -> None:
-    """Tells at once, and how to go on, where a package that the peers need is not installed."""
+    """Raise, with the remedy, if a package that the peers need is not installed."""
     for name in packages:
         if importlib.util.find_spec(name) is None:
             raise ImportError(
-                f"the peers need {name}, which is not here: pip install 'advjax[peers]', or leave "
-                "them out with --no-peers"
+                f"peers: {name} is not installed, expected it for foolbox's attacks; "
+                "pip install 'advjax[peers]', or leave them out."
             )
 
 
@@ -39,18 +39,18 @@ def ways(
     starts: Float[np.ndarray, " m *shape"],
     max_steps: int = 10_000,
 ) -> list[Way]:
-    """Carlini-Wagner, Brendel-Bethge and DDN in L2, with foolbox's defaults but for the steps.
+    """Carlini-Wagner, Brendel-Bethge and DDN in L2, with foolbox's defaults except the steps.
 
     Args:
-        logits_fn: The net, of one example.
+        logits_fn: The network, of one example.
         xs: The images, with pixels in [0, 1].
-        targets: A class for each.
-        starts: Images of all the classes. Brendel-Bethge starts from the nearest that the net gives
-            the target class.
-        max_steps: What to cut the steps to, for a trial.
+        targets: A class to reach for each.
+        starts: Images of all classes. Brendel-Bethge starts from the nearest one that the network
+            assigns to the target class.
+        max_steps: An upper limit on the steps, for a trial.
 
     Returns:
-        The ways of attacking. Carlini-Wagner has nine rounds of so many steps.
+        The methods. Carlini-Wagner has nine rounds of that many steps.
     """
     from foolbox import attacks
 
@@ -78,7 +78,7 @@ def short_ways(
     *,
     steps: int,
 ) -> list[Way]:
-    """DDN with so many steps, and Carlini-Wagner with five rounds of two thirds as many."""
+    """DDN with a number of steps, and Carlini-Wagner with five rounds of two thirds as many."""
     from foolbox import attacks
 
     attack = functools.partial(_attack, logits_fn, xs, targets)
@@ -107,14 +107,14 @@ def _attack(
     logits = jax.jit(jax.vmap(logits_fn))
     gradients = 0
 
-    def model(images):
-        # For each gradient foolbox differentiates the model anew, and then calls it with a tracer.
+    def model(images: Array) -> Array:
+        # For each gradient foolbox differentiates the model again, calling it with a tracer.
         nonlocal gradients
         gradients += isinstance(images, jax.core.Tracer)
         return logits(images)
 
     def run(steps: int) -> tuple[np.ndarray, np.ndarray]:
-        with warnings.catch_warnings():  # that numba will take a while to compile
+        with warnings.catch_warnings():  # numba warns that it compiles for a while
             warnings.filterwarnings("ignore", "At the first initialisation", UserWarning)
             attack = make(steps=steps)
         x_adv, _, success = attack(

@@ -8,7 +8,7 @@ from experiments.common import networks, paper
 
 
 def divide(seed: int, train: data.Dataset) -> tuple[data.Dataset, data.Dataset]:
-    """The halves P1 and P2 of a seed."""
+    """Split the training images into the halves P1 and P2 of a seed."""
     order = jax.random.permutation(jax.random.fold_in(jax.random.key(seed), 3), len(train.labels))
     p1, p2 = (
         data.Dataset(train.images[half], train.labels[half], train.source)
@@ -20,7 +20,7 @@ def divide(seed: int, train: data.Dataset) -> tuple[data.Dataset, data.Dataset]:
 def train_on_halves(
     seed: int, halves: tuple[data.Dataset, data.Dataset], *, steps: int | None
 ) -> dict[str, networks.Network]:
-    """The networks by the paper's names; those with a prime are trained on P2, the others on P1."""
+    """Train the networks of the paper: those with a prime on P2, the others on P1."""
     trained = {}
     for name in paper.TABLE3:
         prime = name.endswith("'")

@@ -17,14 +17,14 @@ PATH = Path(advjax.data.__file__).with_name("mnist_sample.npz")
 
 
 def stratified(dataset: Dataset, per_class: int) -> Dataset:
-    """Keeps the first `per_class` examples of each class, in their order."""
+    """Keep the first `per_class` examples of each class, in their order."""
     of_class = [np.flatnonzero(dataset.labels == c)[:per_class] for c in range(10)]
     kept = np.sort(np.concatenate(of_class))
     return dataset._replace(images=dataset.images[kept], labels=dataset.labels[kept])
 
 
 def main(path: Path = PATH) -> None:
-    """Writes the sample, as bytes."""
+    """Write the sample, with 8-bit pixels."""
     arrays = {}
     for split, per_class in PER_CLASS.items():
         sample = stratified(advjax.data.load("mnist", split, source="tfds"), per_class)

@@ -4,14 +4,14 @@ An experiment is a module that imports from `experiments.common` and `advjax` al
 
 - `Options`: a dataclass, of `common.options`; its fields are the flags of the command. Its method
   `load()` returns what is measured on, with the data sets under `splits`.
-- `measure(options, loaded, seed)`: what one seed gives, as JSON holds it. Arrays at the top go into
-  an npz beside the JSON, those of the first seed alone: the figure is drawn from them.
-- `describe(content)`: what was saved beside the paper's numbers, in Markdown.
-- `claims(content)`, for the report: which of the paper's claims it tests, and the verdicts.
-- `draw(content, arrays)`, if it has figures: each by the name of its file.
+- `measure(options, loaded, seed)`: the results of one seed, as JSON holds them. Arrays at the top
+  level of the first seed's results are saved in an npz beside the JSON, to draw the figures from.
+- `describe(content)`: Markdown that compares the saved numbers with the paper's.
+- `claims(content)`, if it is in the report: the paper's claims that it tests, with verdicts.
+- `draw(content, arrays)`, if it has figures: a figure for each file name.
 
-The last three see saved numbers alone, so that the report and its figures can be made anew without
-measuring.
+The last three read nothing but what was saved, so that the report and its figures can be made again
+without measuring.
 """
 
 import json
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 """A row of a table, as JSON holds it."""
 Arrays = Mapping[str, np.ndarray]
-"""What figures are drawn from."""
+"""The saved arrays that figures are drawn from."""
 Content = dict[str, Any]
-"""What is saved of an experiment: its options, what made it, and under "runs" a row a seed."""
+"""What is saved of an experiment: options, versions, and under "runs" a row per seed."""
 
 
 def run(experiment: ModuleType, options: Options) -> Content:
-    """Measures an experiment, or reads it if that is asked for; then draws and prints it."""
+    """Measure an experiment, or reuse its saved results if asked to; then draw and print it."""
     options = options.resolved()
     content = saved(experiment, options) if options.reuse else None
     if content is None:
@@ -54,18 +54,19 @@ def run(experiment: ModuleType, options: Options) -> Content:
 
 
 def name_of(experiment: ModuleType) -> str:
-    """The experiment's name on the command line."""
+    """The name of an experiment on the command line."""
     return experiment.__name__.rpartition(".")[2]
 
 
 def saved(experiment: ModuleType, options: Options, source: str | None = None) -> Content | None:
-    """What was measured before with the same options, if it was.
+    """Read what was measured before with the same options, if it was.
+
+    This needs neither the data nor the packages for measuring.
 
     Args:
         experiment: The experiment.
         options: Its options.
-        source: Where the data come from; from where they are expected to, if None. Neither the data
-            nor the packages that measuring takes need to be there.
+        source: The source of the data; the expected one if None.
     """
     content = _read(_path(experiment, options))
     config = _config(options.resolved(), source)
@@ -73,7 +74,7 @@ def saved(experiment: ModuleType, options: Options, source: str | None = None) -
 
 
 def grouped(content: Content, *keys: str, within: str = "rows") -> dict[Any, list[Row]]:
-    """The rows of all seeds by the value of a key, or of several."""
+    """Group the rows of all seeds by the value of a key, or of several."""
     groups: dict[Any, list[Row]] = {}
     for run in content["runs"]:
         for row in run[within]:
@@ -86,25 +87,26 @@ def grouped(content: Content, *keys: str, within: str = "rows") -> dict[Any, lis
 
 
 def _measured(experiment: ModuleType, options: Any) -> Content:
-    """Measures seed by seed; a run that was stopped goes on with the seed that was cut off.
+    """Measure seed by seed; a run that was stopped resumes with the interrupted seed.
 
-    It goes on only if the program, the data and the options are the same.
+    It resumes only if the program, the data and the options are the same.
     """
     loaded = options.load()
     source = loaded.splits[0].source
     path = _path(experiment, options)
     if options.reuse:
         content = saved(experiment, options, source)
-        if content is not None:  # of the source that the data turned out to have
+        if content is not None:  # measured on the source that was found
             return content
         if (other := _read(path)) is not None:
-            print(f"{path} is of {other.get('config')}, not of {_config(options, source)}.")
+            wanted = _config(options, source)
+            print(f"{path}: measured with {other.get('config')}, expected {wanted}.", flush=True)
     config = _config(options, source)
     partial = path.with_suffix(".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    made_of = _digest(config, loaded.splits)
+    fingerprint = _digest(config, loaded.splits)
     rows = [
-        _kept(partial, made_of, seed, lambda seed: experiment.measure(options, loaded, seed))
+        _kept(partial, fingerprint, seed, lambda seed: experiment.measure(options, loaded, seed))
         for seed in range(config["seeds"])
     ]
     name = name_of(experiment)
@@ -126,11 +128,11 @@ def _measured(experiment: ModuleType, options: Any) -> Content:
     return content
 
 
-def _kept(folder: Path, made_of: str, seed: int, measure: Callable[[int], Row]) -> Row:
-    """What a seed gives: read, if it was measured before in the same run."""
+def _kept(folder: Path, fingerprint: str, seed: int, measure: Callable[[int], Row]) -> Row:
+    """Measure one seed, or read its results if the same run has measured it before."""
     path = folder / f"{seed}.json"
     row = _read(path)
-    if row is not None and row.get("run") == made_of:
+    if row is not None and row.get("run") == fingerprint:
         print(f"Seed {seed}: measured before, read from {path}", flush=True)
         return row
     start = time.monotonic()
@@ -141,7 +143,7 @@ def _kept(folder: Path, made_of: str, seed: int, measure: Callable[[int], Row]) 
     if arrays and seed == 0:
         files.write_whole(folder / "0.npz", lambda file: np.savez_compressed(file, **arrays))
     row = {
-        "run": made_of,
+        "run": fingerprint,
         "seconds": time.monotonic() - start,
         "found": {name: value for name, value in found.items() if name not in arrays},
     }
@@ -164,7 +166,7 @@ def _arrays_of(path: Path) -> Path:
 
 
 def _digest(config: Row, splits: Sequence[data.Dataset]) -> str:
-    """Of the options, the images, and every line of code that could bear on the numbers."""
+    """Hash the options, the images, and all code that could affect the numbers."""
     folders = (Path(__file__).parents[1], Path(data.__file__).parents[1])
     code = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     arrays = [array for split in splits for array in (split.images, split.labels)]
@@ -177,13 +179,13 @@ def _read(path: Path) -> Content | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        print(f"{path} cannot be read ({error}): measured anew.", flush=True)
+        print(f"{path} cannot be read ({error}): measured again.", flush=True)
         return None
     return content if isinstance(content, dict) else None
 
 
 def _save_json(path: Path, content: Content) -> Content:
-    """Writes the numbers, beside the versions that gave them; returns what is read again."""
+    """Write the numbers with the versions that produced them; return them as read back."""
     made_with = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     entries = {**content, "made_with": made_with}.items()
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in entries)
@@ -196,7 +198,7 @@ def _save_json(path: Path, content: Content) -> Content:
 
 
 class _Arrays(dict[str, np.ndarray]):
-    """What a figure is drawn from."""
+    """The arrays of an experiment; a missing one raises FileNotFoundError."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -205,17 +207,17 @@ class _Arrays(dict[str, np.ndarray]):
                 super().__init__(arrays)
 
     def __missing__(self, name: str) -> np.ndarray:
-        raise FileNotFoundError(f"{self.path}, with what they are drawn from, is missing")
+        raise FileNotFoundError(f"{self.path}, which holds their data, is missing")
 
 
 def _draw(experiment: ModuleType, content: Content, out: Path) -> Iterator[Path]:
-    """Draws the figures of an experiment; yields where they are."""
+    """Draw the figures of an experiment, and yield their paths."""
     if not hasattr(experiment, "draw"):
         return
     try:
         figures = experiment.draw(content, _Arrays(_arrays_of(out / name_of(experiment))))
     except FileNotFoundError as error:
-        print(f"The figures are left as they are: {error}; measuring anew makes it.")
+        print(f"The figures are left as they are: {error}; measure again to make it.")
         return
     for name, figure in figures.items():
         if content["config"]["dataset"] == PHOTOGRAPHS:
@@ -226,7 +228,7 @@ def _draw(experiment: ModuleType, content: Content, out: Path) -> Iterator[Path]
 
 
 def _save_in_few_colours(figure: "Figure", path: Path) -> None:
-    """Saves a figure of photographs in 256 colours, a third of the bytes."""
+    """Save a figure of photographs with 256 colours, which takes a third of the bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 

@@ -7,10 +7,10 @@ tenfold, which comes nearer to their test errors, though not to their distortion
 paper prints 1.64 % and 0.058.
 
 AE400-10 learns its code from the squared error of the reconstruction, weight decay and
-`training.sparsity`, and then the softmax on it with the printed lambda. The paper does not tell how
+`training.sparsity`, and then the softmax on it with the printed lambda. The paper does not say how
 its autoencoder was trained: this one has errors of 1.5 and 2.9 % and a distortion of 0.067 (one
 seed), the paper prints 0.57, 1.9 and 0.086. The ConvNet is not in the tables but in the figures of
-units, and the paper does not tell which one it took; ours has a test error of 0.9 %.
+units, and the paper does not specify it; ours has a test error of 0.9 %.
 """
 
 import functools
@@ -29,25 +29,25 @@ from experiments.common import paper
 
 
 class Pretraining(NamedTuple):
-    """How an autoencoder is trained, as in `Recipe`, before the softmax on its code."""
+    """The training of an autoencoder before the softmax on its code; see `Recipe`."""
 
     weight_decay: float
     """Lambda of the encoder and of the decoder."""
-    share: float
-    """Of the images, on which a feature should be active: the target of `training.sparsity`."""
+    active: float
+    """The fraction of images on which a feature should be active, for `training.sparsity`."""
     epochs: int
     learning_rate: float = 3e-3
     batch_size: int = 256
 
 
 class Recipe(NamedTuple):
-    """An architecture and its training: Adam, the learning rate falling to 0 along a cosine."""
+    """An architecture and its training: Adam with a cosine schedule down to 0."""
 
     model: Any
     weight_decay: tuple[float, ...]
     """Lambda of each kernel, first layer first."""
     epochs: int
-    """On the full training set; a small one takes more, for `MIN_STEPS` steps."""
+    """On the full training set; a small set takes more, for at least `MIN_STEPS` steps."""
     learning_rate: float = 5e-3
     batch_size: int = 256
     pretraining: Pretraining | None = None
@@ -62,7 +62,7 @@ class Network(NamedTuple):
 
     @property
     def logits_fn(self) -> jax.tree_util.Partial:
-        """The classifier of one image: a pytree, so that new parameters do not recompile."""
+        """The logits of one image, as a pytree, so that new parameters do not recompile."""
         return jax.tree_util.Partial(self.model.apply, self.params)
 
 
@@ -84,14 +84,14 @@ RECIPES: dict[str, Recipe] = {
         epochs=30,
         learning_rate=0.1,
         batch_size=1024,
-        pretraining=Pretraining(weight_decay=8e-4, share=0.1, epochs=10),
+        pretraining=Pretraining(weight_decay=8e-4, active=0.1, epochs=10),
     ),
     "ConvNet": Recipe(models.ConvNet(), (1e-4,) * 4, epochs=10, learning_rate=3e-3),
 }
 
 
 def table1(quick: bool) -> tuple[str, ...]:
-    """The names of the networks of Table 1; for a trial a linear one and a sigmoid one."""
+    """The names of the networks of Table 1; in a trial, a linear one and a sigmoid one."""
     names = tuple(paper.TABLE1)
     return names[:4:3] if quick else names
 
@@ -99,7 +99,7 @@ def table1(quick: bool) -> tuple[str, ...]:
 def train(
     key: Key[Array, ""], name: str, split: data.Dataset, *, steps: int | None = None
 ) -> Network:
-    """Trains one of the paper's networks, with a progress bar.
+    """Train one of the paper's networks, with a progress bar.
 
     Args:
         key: For the initial parameters and the order of the images.
@@ -114,22 +114,21 @@ def train(
     init_key, order_key = jax.random.split(key)
     params = recipe.model.init(init_key, split.images[0])
     print(f"{name}: training on {len(split.images):,} images", flush=True)
-    given: tuple[Any, ...] = (params, split.images, split.labels)
-    options: dict[str, Any] = {"key": order_key, "steps": steps}
+    given = params, split.images, split.labels
     if recipe.pretraining is None:
-        params = _fit_classifier(recipe, *given, **options)
+        params = _fit_classifier(order_key, recipe, *given, steps)
     else:
-        params = _fit_on_code(recipe, recipe.pretraining, *given, **options)
+        params = _fit_on_code(order_key, recipe, recipe.pretraining, *given, steps)
     return Network(name, recipe.model, params)
 
 
 def load_or_train(
     key: Key[Array, ""], name: str, split: data.Dataset, *, steps: int | None = None
 ) -> Network:
-    """Trains as `train` does, once: the parameters are kept in advjax's cache folder.
+    """Train as `train` does, once: the parameters are kept in advjax's cache folder.
 
     They are identified by a hash of all that defines them: the architecture, the recipe, the number
-    of steps, the images and labels, and the key. A damaged file is made anew.
+    of steps, the images and labels, and the key. A damaged file is replaced.
     """
     recipe = _recipe(name)
     path = cache.folder() / f"{name}-{_fingerprint(recipe, split, key, steps)}.safetensors"
@@ -152,82 +151,88 @@ def load_or_train(
 
 def _recipe(name: str) -> Recipe:
     if name not in RECIPES:
-        raise ValueError(f"name={name!r} is unknown; choose one of {', '.join(RECIPES)}")
+        raise ValueError(f"name: {name!r}, expected one of {', '.join(RECIPES)}.")
     return RECIPES[name]
 
 
 def _fit_classifier(
-    recipe: Recipe, params: PyTree[Array], images: Any, labels: Any, **options: Any
+    key: Key[Array, ""],
+    recipe: Recipe,
+    params: PyTree[Array],
+    images: Any,
+    labels: Any,
+    steps: int | None,
 ) -> PyTree[Array]:
     penalty = training.weight_decay(recipe.weight_decay)
-    fitted = fit(recipe, recipe.model.apply, params, images, labels, penalty=penalty, **options)
-    return fitted.params
+    given = recipe.model.apply, params, images, labels
+    return fit(key, recipe, *given, steps=steps, penalty=penalty).params
 
 
 def _fit_on_code(
+    key: Key[Array, ""],
     recipe: Recipe,
     pretraining: Pretraining,
     params: PyTree[Array],
     images: Any,
     labels: Any,
-    *,
-    key: Key[Array, ""],
-    **options: Any,
+    steps: int | None,
 ) -> PyTree[Array]:
-    """Trains the encoder and the decoder on the images, and then the softmax on the code."""
+    """Train the encoder and the decoder on the images, and then the softmax on the code."""
     layers = functools.partial(recipe.model.apply, method="layers")
 
     def loss(outputs: dict[str, Array], image: Array) -> Array:
         error = losses.squared_l2(outputs["reconstruction"] - image)
-        return error + training.sparsity(outputs["code"], target=pretraining.share)
+        return error + training.sparsity(outputs["code"], target=pretraining.active)
 
     code_key, softmax_key = jax.random.split(key)
-    autoencoder = fit(
-        pretraining,
-        layers,
-        params,
-        images,
-        images,
-        key=code_key,
-        loss=loss,
-        penalty=training.weight_decay(pretraining.weight_decay),
-        **options,
-    ).params
+    penalty = training.weight_decay(pretraining.weight_decay)
+    given = layers, params, images, images
+    autoencoder = fit(code_key, pretraining, *given, steps=steps, loss=loss, penalty=penalty).params
     codes = jax.lax.map(lambda x: layers(autoencoder, x)["code"], images, batch_size=1000)
-    softmax = _fit_classifier(
-        recipe._replace(model=models.Softmax(recipe.model.classes)),
-        {"params": {"logits": params["params"]["logits"]}},
-        codes,
-        labels,
-        key=softmax_key,
-        **options,
-    )
+    on_code = recipe._replace(model=models.Softmax(recipe.model.classes))
+    softmax_params = {"params": {"logits": params["params"]["logits"]}}
+    softmax = _fit_classifier(softmax_key, on_code, softmax_params, codes, labels, steps)
     return {"params": autoencoder["params"] | softmax["params"]}
 
 
+def fit_from_scratch(
+    key: Key[Array, ""],
+    recipe: Recipe,
+    split: data.Dataset,
+    *,
+    apply: Callable[..., Array] | None = None,
+    **options: Any,
+) -> training.FitResult:
+    """Train as `train` does with the same key, except for the options of `fit`."""
+    init_key, order_key = jax.random.split(key)
+    params = recipe.model.init(init_key, split.images[0])
+    given = apply or recipe.model.apply, params, split.images, split.labels
+    return fit(order_key, recipe, *given, **options)
+
+
 def fit(
+    key: Key[Array, ""],
     schedule: Recipe | Pretraining,
     apply: Callable[..., Array],
     params: PyTree[Array],
     images: Any,
     labels: Any,
     *,
-    key: Key[Array, ""],
     steps: int | None = None,
     before: optax.GradientTransformation | None = None,
     **objective: Any,
 ) -> training.FitResult:
-    """Minimises any objective of `training.fit` by the schedule of a recipe, with a bar.
+    """Minimise an objective of `training.fit` by the schedule of a recipe, with a progress bar.
 
     Args:
-        schedule: The learning rate, the batch size and the epochs.
-        apply: As for `training.fit`, and so are the parameters, images, labels and the key.
-        params: Where to start.
-        images: The training images.
-        labels: What the loss takes for each.
         key: For the order of the images.
-        steps: How many steps to train for, as for `train`.
-        before: What gradients go through before Adam.
+        schedule: The learning rate, the batch size and the epochs.
+        apply: The network; see `training.fit`.
+        params: The initial parameters.
+        images: The training images.
+        labels: The argument of the loss for each image.
+        steps: How many steps to train for; see `train`.
+        before: A transformation of the gradients before Adam.
         **objective: Losses and penalties of `training.fit`.
     """
     epochs = _epochs(schedule, len(images), steps)
@@ -242,7 +247,7 @@ def fit(
         labels,
         optimizer=adam if before is None else optax.chain(before, adam),
         epochs=epochs,
-        patience=epochs,  # the schedule ends it
+        patience=epochs,  # the schedule ends the training
         batch_size=schedule.batch_size,
         progress=True,
         **objective,
@@ -257,7 +262,7 @@ def _epochs(recipe: Recipe | Pretraining, n: int, steps: int | None) -> int:
 def _fingerprint(
     recipe: Recipe, split: data.Dataset, key: Key[Array, ""], steps: int | None
 ) -> str:
-    # The lowered program tells the architecture with its activations, which no `repr` would.
+    # The lowered program identifies the architecture with its activations; a `repr` does not.
     images, labels, _ = split
     params = jax.eval_shape(recipe.model.init, key, images[0])
     architecture = jax.jit(recipe.model.apply).lower(params, images[0]).as_text()

@@ -1,4 +1,4 @@
-"""The options of the experiments: what several of them share is declared and documented here."""
+"""The options that several experiments share, declared and documented once."""
 
 import dataclasses
 import sys
@@ -18,45 +18,45 @@ Source = Literal["auto", "tfds", "embedded"]
 
 
 def trial(**options: Any) -> Mapping[str, Any]:
-    """What replaces other options in a trial."""
+    """Declare the options that a trial replaces."""
     return MappingProxyType(options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every experiment can be told. Subclasses add fields, each with its docstring."""
+    """The options of every experiment; subclasses add fields, each with a docstring."""
 
     out: Path = Path("results")
     """The folder for the numbers and the figures."""
     quick: bool = False
-    """A trial of about a minute: few images, and networks that are trained briefly."""
+    """Run a trial of about a minute, with few images and briefly trained networks."""
     reuse: bool = False
-    """Take the numbers that are in `out` if they are of the same options."""
+    """Reuse the numbers in `out` if they were measured with the same options."""
 
     TRIAL: ClassVar[Mapping[str, Any]] = trial()
     TRIAL_STEPS: ClassVar[int] = 300
-    """For how many steps a network is trained in a trial."""
+    """The number of steps for which a network is trained in a trial."""
 
     @property
     def steps(self) -> int | None:
-        """For how many steps networks are trained; for as many as their recipes say if None."""
+        """The number of training steps; that of a network's recipe if None."""
         return self.TRIAL_STEPS if self.quick else None
 
     @property
     def expected_source(self) -> str:
-        """Where the data come from if they can be had."""
+        """The source of the data if it is available."""
         raise NotImplementedError
 
     def load(self) -> Any:
-        """Loads what is measured on, which has the data sets under `splits`."""
+        """Load what is measured on; its `splits` are the data sets."""
         raise NotImplementedError
 
     def resolved(self) -> Self:
-        """These options, with those of a trial filled in if it is one."""
+        """Return these options, with those of a trial filled in if it is one."""
         return dataclasses.replace(self, **self.TRIAL) if self.quick else self
 
     def config(self) -> dict[str, Any]:
-        """The options that bear on the numbers, as JSON has them; those of all experiments last."""
+        """The options that affect the numbers, as JSON holds them; the shared ones come last."""
         given = {name: _plain(value) for name, value in vars(self).items()}
         shared = {"dataset": PHOTOGRAPHS, "quick": False, "seeds": 1}
         elsewhere = {*shared, "out", "reuse", "source", "folder"}
@@ -66,7 +66,7 @@ class Options:
         }
 
     def command(self, name: str, source: str) -> str:
-        """The command that measures an experiment with these options on data of this source."""
+        """The command that measures an experiment with these options on data from this source."""
         given = {**self.config(), "source": source, "folder": _plain(getattr(self, "folder", None))}
         flags = [
             f" --{option.replace('_', '-')}" + ("" if value is True else f" {_words(value)}")
@@ -77,40 +77,46 @@ class Options:
 
 
 class Digits(NamedTuple):
-    """A data set of small images, MNIST or another of its form."""
+    """MNIST, or another data set of its form."""
 
     train: data.Dataset
     test: data.Dataset
 
     @property
     def splits(self) -> tuple[data.Dataset, ...]:
-        """What is measured on."""
+        """The data sets that are measured on."""
         return tuple(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DigitOptions(Options):
-    """Those of an experiment on MNIST, or on a data set of its form."""
+class DataOptions:
+    """The choice of digits."""
 
     dataset: Name = "mnist"
     """The data set."""
     source: Source = "auto"
-    """Where it comes from: tensorflow-datasets, the sample of MNIST inside the package, or the
-    first of both that can be had. In a trial it is the sample."""
+    """Its source: tensorflow-datasets, the sample of MNIST inside the package, or the first of the
+    two that is available. A trial uses the sample."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DigitOptions(Options, DataOptions):
+    """The options of an experiment on MNIST or on a data set of its form."""
+
     seeds: int = 1
-    """How many times to measure, each time with networks trained anew and other images."""
+    """How many times to measure, each time with retrained networks and other images."""
 
     @property
     def expected_source(self) -> str:
-        """The source that is preferred; whether it can be had is seen when loading."""
+        """The preferred source; whether it is available is known after loading."""
         if self.quick and self.dataset == "mnist":
             return "embedded"
         return "tfds" if self.source == "auto" else self.source
 
     def load(self) -> Digits:
-        """Loads the training and the test images, both from one source, and says which.
+        """Load the training and the test images from one source, and print which.
 
-        In a trial they are the sample of MNIST inside the package, or as many of another set.
+        A trial uses the sample of MNIST inside the package, or as many images of another set.
         """
         source = "embedded" if self.expected_source == "embedded" else self.source
         with warnings.catch_warnings(record=True) as caught:
@@ -132,7 +138,7 @@ class DigitOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VictimOptions(DigitOptions):
-    """Those of an experiment that attacks images for networks trained on others."""
+    """The options of an experiment that attacks images of several networks."""
 
     images: int = 1000
     """How many images to attack for each seed."""
@@ -141,21 +147,21 @@ class VictimOptions(DigitOptions):
 
 
 def first(split: data.Dataset, count: int) -> data.Dataset:
-    """The first images of a data set."""
+    """Keep the first images of a data set."""
     return split._replace(images=split.images[:count], labels=split.labels[:count])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhotographOptions(Options):
-    """Those of an experiment on photographs."""
+    """The options of an experiment on photographs."""
 
     folder: Path | None = None
-    """A folder of photographs whose names or folders tell ImageNet's class; foolbox's twenty if
+    """A folder of photographs, named after or sorted by their ImageNet classes; foolbox's twenty if
     None."""
 
     @property
     def expected_source(self) -> str:
-        """Where the photographs come from."""
+        """The source of the photographs."""
         return "foolbox" if self.folder is None else str(self.folder.expanduser())
 
 

@@ -1,6 +1,6 @@
-"""The numbers that the paper prints in its Tables 1 to 5, and two of later papers, as plain data.
+"""The numbers of the paper's Tables 1 to 5, and of two later papers, as plain data.
 
-Errors and shares are in percent, distortions are RMS per pixel with pixels in [0, 1]. The keys
+Errors and rates are in percent, distortions are RMS per pixel with pixels in [0, 1]. The keys
 name the networks as the paper does; a prime marks the same network trained on the other half.
 
 Source: Szegedy et al. (2013), arXiv:1312.6199v4.
@@ -51,7 +51,7 @@ TABLE2: dict[str, Transfer] = {
     "Gaussian 0.1": _transfer(_TABLE2, 5.0, 10.1, 18.3, 0, 0, 0.8, distortion=0.1),
     "Gaussian 0.3": _transfer(_TABLE2, 15.6, 11.3, 22.7, 5, 4.3, 3.1, distortion=0.3),
 }
-"""Transfer between networks: the rows name the one that the training images were distorted for."""
+"""Transfer between networks: a row names the network that training images were distorted for."""
 
 
 class Table3(NamedTuple):
@@ -86,7 +86,7 @@ TABLE4_MAGNIFIED: dict[str, Transfer] = {
     "FC100-100-10'": _transfer(_TABLE4, 27, 50, 100, distortion=0.1),
     "Gaussian 0.1": _transfer(_TABLE4, 2.6, 2.8, 2.7, distortion=0.1),
 }
-"""The lower half of Table 4: the same distortions magnified to an RMS of 0.1."""
+"""The lower half of Table 4: the same distortions scaled to an RMS of 0.1."""
 
 
 class Table5(NamedTuple):
@@ -114,17 +114,17 @@ ADVERSARIAL_TRAINING: dict[str, str] = {
     "dropout": "about 1.3",
     "pools of all layers": "below 1.2",
 }
-"""Test errors of 100-100-10 in percent, as the text of section 4.2 has them."""
+"""Test errors of 100-100-10 in percent, from the text of section 4.2."""
 
 FIGURE5_DISTORTION = 0.006508
 """The mean over the photographs of Figure 5, made for AlexNet."""
 
 FIGURE7_GAUSSIAN_ACCURACY = 51.0
-"""Percent right under Gaussian noise of stddev 1; not told of which network."""
+"""Percent right under Gaussian noise of standard deviation 1, for an unnamed network."""
 
 
 class FastGradient(NamedTuple):
-    """A net under the fast gradient sign method: percent."""
+    """Results of the fast gradient sign method on a network, in percent."""
 
     epsilon: float
     error: float
@@ -140,7 +140,7 @@ FAST_GRADIENT: dict[str, FastGradient] = {
 
 
 class Robustness(NamedTuple):
-    """A net's mean `|r| / |x|` by two attacks."""
+    """A network's mean `|r| / |x|` by two attacks."""
 
     lbfgs: float
     fast_gradient: float

@@ -1,11 +1,12 @@
-"""What a way of attacking is; and the paper's with SciPy's L-BFGS-B, one image at a time."""
+"""The interface of the compared methods, and the paper's attack with SciPy's L-BFGS-B."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from scipy import optimize
 
 from advjax import losses
@@ -13,18 +14,18 @@ from advjax.types import LogitsFn
 
 
 class Outcome(NamedTuple):
-    """What one way of attacking came to: arrays with an entry for each image."""
+    """The results of one method: arrays with an entry for each image."""
 
     x_adv: np.ndarray
     success: np.ndarray
-    """By its own report."""
+    """As the method itself reports it."""
     num_evals: np.ndarray
     seconds: float
-    """An image, without compiling."""
+    """Per image, without compilation."""
 
 
 class Way(NamedTuple):
-    """A way of attacking the images, from the first one on."""
+    """A method to compare, applied to the first of the images."""
 
     name: str
     by: str
@@ -32,7 +33,7 @@ class Way(NamedTuple):
 
 
 class PeerResult(NamedTuple):
-    """What a peer found for one image.
+    """The result of the SciPy loop for one image.
 
     Attributes:
         x_adv: The nearest adversarial image seen, or the image itself if none was.
@@ -50,7 +51,7 @@ class PeerResult(NamedTuple):
 def scipy_lbfgs(
     logits_fn: LogitsFn, *, bisections: int = 20, c_range: tuple[float, float] = (1e-4, 1e2)
 ) -> Callable[[np.ndarray, int], PeerResult]:
-    """The paper's attack with SciPy's L-BFGS-B: c bisected on a log scale, each solve from x.
+    """The paper's attack with SciPy's L-BFGS-B: bisect c on a log scale, solve from x each time.
 
     Args:
         logits_fn: The model, of one example; compiled once. SciPy works in float64, and so should
@@ -62,7 +63,7 @@ def scipy_lbfgs(
         `(x, target) -> PeerResult`, for the box [0, 1], squared L2 and cross-entropy.
     """
 
-    def loss(x, target):
+    def loss(x: Array, target: int) -> tuple[Array, Array]:
         logits = logits_fn(x)
         return losses.cross_entropy(logits, target), logits
 
@@ -73,11 +74,11 @@ def scipy_lbfgs(
         origin = np.asarray(x, np.float64).ravel()
         num_evals = 0
 
-        def image(flat):
+        def image(flat: np.ndarray) -> Array:
             return jnp.asarray(flat.reshape(np.shape(x)))
 
-        def solve(c):
-            def objective(flat):
+        def solve(c: float) -> np.ndarray:
+            def objective(flat: np.ndarray) -> tuple[Any, np.ndarray]:
                 nonlocal num_evals
                 num_evals += 1
                 (value, _), grad = evaluate(image(flat), target)

@@ -16,21 +16,21 @@ OSTRICH = 9
 
 
 class Subjects(NamedTuple):
-    """A network, photographs, and those of them that the network can be misled about."""
+    """A network, photographs, and those of them to attack."""
 
     network: Network
     dataset: data.Dataset
     victims: Victims
-    """Those that the network gets right, but for ostriches, each to become one."""
+    """Those that the network gets right, except ostriches; the target is "ostrich"."""
 
     @property
     def splits(self) -> tuple[data.Dataset, ...]:
-        """What is measured on."""
+        """The data sets that are measured on."""
         return (self.dataset,)
 
 
 def load_network() -> Network:
-    """EfficientNet-Lite0 with the weights of its package; it takes pixels in [0, 1]."""
+    """Load EfficientNet-Lite0 with its package's weights; it takes pixels in [0, 1]."""
     model = models.EfficientNetLite0()
     weights = models.load_torch_weights(models.efficientnet_lite0_weights())
     return Network(
@@ -41,14 +41,14 @@ def load_network() -> Network:
 def load_subjects(
     network: Network, folder: Path | None, *, count: int | None, stride: int = 1
 ) -> Subjects:
-    """The photographs of a folder, or foolbox's twenty, and those to attack.
+    """Load the photographs of a folder, or foolbox's twenty, and choose those to attack.
 
     Args:
-        network: Decides which of them are victims.
-        folder: As for `data.load_photographs`.
-        count: How many victims at most, the first ones. Where a photograph's class is not told,
-            that which the network gives it counts.
-        stride: Of so many rows and columns of the victims one is kept, for a trial.
+        network: The network that they are attacked for.
+        folder: See `data.load_photographs`.
+        count: The maximum number of photographs to attack. If the class of a photograph is unknown,
+            the network's prediction counts as its class.
+        stride: Keep one of so many rows and columns of the attacked photographs, for a trial.
     """
     dataset = data.load_photographs(folder=folder)
     predicted = np.asarray(predict(network.logits_fn, dataset.images))
@@ -61,5 +61,5 @@ def load_subjects(
 
 @jax.jit
 def predict(logits_fn: jax.tree_util.Partial, images: Float[Array, "n *shape"]) -> Int[Array, " n"]:
-    """The class that a network gives each image."""
+    """The class that a network predicts for each image."""
     return jax.lax.map(lambda image: logits_fn(image).argmax(), images, batch_size=4)

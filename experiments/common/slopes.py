@@ -1,4 +1,4 @@
-"""Estimates from below of the norm of a layer, and of the slope of a network."""
+"""Lower estimates of the norm of a layer, and of the slope of a network."""
 
 import functools
 from collections.abc import Callable
@@ -8,31 +8,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from advjax import lipschitz
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense
 
-Linear = Dense | Convolution
+Layer = lipschitz.Dense | lipschitz.Conv
 
 
-def input_like(layer: Linear, kernel: Float[Array, "*kernel"]) -> jax.ShapeDtypeStruct:
-    """The shape of the input of a layer."""
-    return jax.ShapeDtypeStruct(layer.input_shape(kernel.shape), kernel.dtype)
+def input_like(layer: Layer) -> jax.ShapeDtypeStruct:
+    """The shape of a layer's input."""
+    return jax.ShapeDtypeStruct(layer.input_shape, layer.kernel.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def estimate(
-    method: Callable[..., lipschitz.Estimate], layer: Linear, kernel: Float[Array, "*kernel"]
-) -> Float[Array, ""]:
-    """The norm of a layer from below, by power iteration or Lanczos from one start."""
-    apply, like = functools.partial(layer.apply, kernel), input_like(layer, kernel)
-    return method(apply, like, key=jax.random.key(0), num_starts=1).value
+@functools.partial(jax.jit, static_argnums=0)
+def estimate(method: Callable[..., lipschitz.Estimate], layer: Layer) -> Float[Array, ""]:
+    """Estimate the norm of a layer from below, by power iteration or Lanczos from one start."""
+    return method(layer.apply, input_like(layer), key=jax.random.key(0), num_starts=1).value
 
 
 @jax.jit
 def steepest(logits_fn: Callable, inputs: Float[Array, "n *shape"]) -> Float[Array, ""]:
-    """The largest norm of a Jacobian at the inputs, from below."""
+    """Estimate the largest norm of the Jacobians at the inputs from below."""
 
-    def slope(x):
+    def slope(x: Array) -> Array:
         _, jacobian = jax.linearize(logits_fn, x)
         key = jax.random.key(0)
         return lipschitz.lanczos(jacobian, x, key=key, num_starts=1, num_steps=10).value

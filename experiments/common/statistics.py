@@ -1,4 +1,4 @@
-"""Intervals over seeds and over images, and whether they agree with the paper's numbers."""
+"""Intervals over seeds and over images, and their agreement with the paper's numbers."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from advjax import transfer
 from experiments.common.measure import Row
 
 PAPER_IMAGES = 256
-"""How many images the paper's rates are fractions of, by all that its decimals tell."""
+"""The number of images behind the paper's rates, judging by their decimals."""
 
 
 class Estimate(NamedTuple):
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean over seeds, with Student's 95 % interval; NaNs for that of one seed."""
+    """The mean over seeds with Student's 95 % interval, which is NaN for one seed."""
     if len(values) == 1:
         return Estimate(values[0], math.nan, math.nan)
     centre = float(np.mean(values))
@@ -37,7 +37,7 @@ def over(rows: Sequence[Row], what: str, *, scale: float = 1) -> Estimate:
 
 
 def fraction(counts: Sequence[int], totals: Sequence[int]) -> Estimate:
-    """A fraction of images: the wider of Student's interval and Wilson's over all images.
+    """A fraction of images with the wider of Student's interval and Wilson's over all images.
 
     Student's reflects how networks and images vary, but has no width where all seeds agree, as
     they do at 0 % and at 100 %.
@@ -49,7 +49,7 @@ def fraction(counts: Sequence[int], totals: Sequence[int]) -> Estimate:
 
 
 def agrees(estimate: Estimate, printed: float) -> bool:
-    """Whether a fraction that the paper prints agrees with ours: whether their intervals meet."""
+    """Whether a fraction that the paper prints agrees with ours: their intervals meet."""
     low, high = transfer.wilson_interval(round(printed * PAPER_IMAGES), PAPER_IMAGES)
     return bool(low <= estimate.high and estimate.low <= high)
 

@@ -10,19 +10,20 @@ import numpy as np
 from jaxtyping import Array
 
 from advjax import attacks, losses
+from advjax.types import LogitsFn
 
 BATCH_SIZE = 100
-"""Of the gradients that a time is set beside."""
+"""The batch size at which gradients are timed."""
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What a function returns, and the seconds of the best of three calls once it has compiled."""
+    """Return the result of a function, and the seconds of the best of three calls once compiled."""
     result = jax.block_until_ready(function(*arguments))
-    return result, min(_seconds(function, *arguments) for _ in range(3))
+    return result, min(seconds_of(function, *arguments) for _ in range(3))
 
 
 def vmapped(attack: attacks.Attack) -> Callable[..., attacks.AttackResult]:
-    """An attack on a batch, compiled; the parameters of its model are arguments of the program."""
+    """Compile an attack for batches, with the parameters of its model as arguments."""
     return functools.partial(_attack_batch, jax.device_put(attack))
 
 
@@ -34,20 +35,23 @@ def _attack_batch(attack: attacks.Attack, xs: Array, targets: Array) -> attacks.
 def time_of_a_gradient(
     logits_fn: jax.tree_util.Partial, xs: np.ndarray, targets: np.ndarray, *, repeats: int = 100
 ) -> float:
-    """The seconds an image of value and gradient of the loss in one batch: the best of many."""
-
-    @jax.jit
-    def value_and_grad(logits_fn, xs, targets):
-        def loss(x, target):
-            return losses.cross_entropy(logits_fn(x), target)
-
-        return jax.vmap(jax.value_and_grad(loss))(xs, targets)
-
+    """The seconds per image of the loss and its gradient in one batch: the best of many calls."""
     arguments = jax.device_put((logits_fn, xs, targets))
-    return min(_seconds(value_and_grad, *arguments) for _ in range(repeats)) / len(xs)
+    return min(seconds_of(gradients, *arguments) for _ in range(repeats)) / len(xs)
 
 
-def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+@jax.jit
+def gradients(logits_fn: LogitsFn, xs: Array, targets: Array) -> tuple[Array, Array]:
+    """The cross-entropy of each image of a batch, and its gradient."""
+
+    def loss(x: Array, target: Array) -> Array:
+        return losses.cross_entropy(logits_fn(x), target)
+
+    return jax.vmap(jax.value_and_grad(loss))(xs, targets)
+
+
+def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
+    """Time one call of a function."""
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What Tables 2 and 4 have in common: sets of distorted images, and which nets err on them."""
+"""What Tables 2 and 4 have in common: sets of distorted images, and which networks err on them."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,32 +23,34 @@ CONTROLS = (NOISE, SIGNS)
 
 
 class Images(NamedTuple):
-    """Distorted images: a row of a table."""
+    """A set of distorted images: a row of a table."""
 
     kind: str
-    """How they were distorted: the attack's name, or the control's."""
+    """The name of the attack or of the control."""
     made_for: str | None
-    """The net that was attacked; of a control, the net whose attack it is held against."""
+    """The network that was attacked; for a control, the network whose attack it accompanies."""
     xs: Float[Array | np.ndarray, "n *shape"]
 
 
 Found = dict[tuple[str, str | None], list[Row]]
-"""For each kind and net the row of every seed."""
+"""The rows of every seed, by kind and network."""
 
 
 # --- measuring -------------------------------------------------------------------------------
 
 
 def adversarial(
-    make: Callable[[LogitsFn], Attack], net: networks.Network, chosen: Victims
+    make: Callable[[LogitsFn], Attack], network: networks.Network, chosen: Victims
 ) -> Images:
-    """Images that an attack distorted for a net."""
-    attack, name = make(net.logits_fn), make.__name__
-    return Images(name, net.name, attack_victims(attack, chosen, f"{net.name}: {name}").x_adv)
+    """Attack a network."""
+    attack, name = make(network.logits_fn), make.__name__
+    return Images(
+        name, network.name, attack_victims(attack, chosen, f"{network.name}: {name}").x_adv
+    )
 
 
 def controls(key: Key[Array, ""], chosen: Victims, images: Images) -> list[Images]:
-    """Noise as far from each image as its adversarial one, and that one with random signs."""
+    """Noise with the RMS of each distortion, and the distortions with random signs."""
     noise_keys, sign_keys = jax.random.split(key, (2, len(images.xs)))
     rms = jax.vmap(metrics.distortion)(chosen.images, images.xs)
     noise = jax.vmap(transfer.gaussian)(noise_keys, chosen.images, rms)
@@ -59,7 +61,7 @@ def controls(key: Key[Array, ""], chosen: Victims, images: Images) -> list[Image
 def gaussian(
     key: Key[Array, ""], chosen: Victims, stddev: float, *, clipped: bool = False
 ) -> Images:
-    """The paper's control: noise of one stddev, which may leave the box unless it is clipped."""
+    """The paper's control: noise of one standard deviation, clipped to the box or not."""
     add = functools.partial(transfer.gaussian, rms=stddev, box=Box() if clipped else None)
     keys = jax.random.split(key, len(chosen.images))
     kind = gaussian_kind(stddev) + (", clipped" if clipped else "")
@@ -67,27 +69,31 @@ def gaussian(
 
 
 def gaussian_kind(stddev: float) -> str:
-    """As the paper calls the row."""
+    """The paper's name for a row of noise."""
     return f"Gaussian {stddev:g}"
 
 
 def magnified(chosen: Victims, images: Images, rms: float) -> Images:
-    """The same distortions, each brought to an RMS; they may leave the box, as in the paper."""
+    """The same distortions, each scaled to an RMS; they may leave the box, as in the paper."""
     xs = jax.vmap(functools.partial(transfer.magnify, rms=rms))(chosen.images, images.xs)
     return Images(magnified_kind(images.kind, rms), images.made_for, xs)
 
 
 def magnified_kind(kind: str, rms: float) -> str:
-    """What images of a kind are called when their distortions have been brought to an RMS."""
+    """The name of a kind of images whose distortions were scaled to an RMS."""
     return f"{kind} at {rms:g}"
 
 
 def count(columns: Mapping[str, networks.Network], chosen: Victims, sets: Sequence[Images]) -> Row:
-    """How many images of each set each net gets wrong: of all, and of those that it had right."""
+    """Count the images of each set that each network gets wrong.
+
+    They are counted among all images, among the first 256, and among those whose originals the
+    network gets right.
+    """
     few = slice(statistics.PAPER_IMAGES)
     stacks = [jnp.asarray(images.xs) for images in sets]
     matrix = functools.partial(
-        transfer.transfer_matrix, [net.logits_fn for net in columns.values()]
+        transfer.transfer_matrix, [network.logits_fn for network in columns.values()]
     )
     counts = {
         "": matrix(stacks, chosen.labels),
@@ -114,7 +120,7 @@ def by_row(content: Content) -> tuple[list[str], Found]:
 
 
 def rates(rows: Sequence[Row], of: str = "") -> list[statistics.Estimate]:
-    """For each column its error; `of` is "_256" for the first images, "_net" for net transfer."""
+    """The error of each column; `of` is "_256" for the first images, "_net" for net transfer."""
     columns = range(len(rows[0]["wrong"]))
     return [
         statistics.fraction(
@@ -131,14 +137,14 @@ def table(
     *,
     of: str = "",
 ) -> str:
-    """Errors in percent with their intervals; in brackets the paper's, ✓ where they agree.
+    """Errors in percent with intervals; in brackets the paper's, with ✓ where they agree.
 
     Args:
-        columns: The nets.
-        lines: For each line its rows, one a seed. A line that is called as one of the paper's is
-            laid beside it.
+        columns: The networks.
+        lines: The rows of each line, one per seed. A line with the name of one of the paper's is
+            compared with it.
         printed: The paper's lines.
-        of: As in `rates`.
+        of: Among which images: see `rates`.
     """
 
     def line(title: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -161,7 +167,7 @@ def table(
 def agreement(
     columns: Sequence[str], found: Found, kind: str, printed: Mapping[str, paper.Transfer]
 ) -> tuple[int, int]:
-    """How many of the first images' rates between different nets agree with the paper's, of all."""
+    """How many rates between different networks, for the first images, agree with the paper's."""
     marks = [
         statistics.agrees(rates(found[kind, row], "_256")[i], printed[row].errors[column] / 100)
         for row, i, column in _different(columns)
@@ -170,29 +176,29 @@ def agreement(
 
 
 class Above(NamedTuple):
-    """Transfer between different nets beside a control's."""
+    """Transfer between different networks compared with a control's."""
 
     transfer: statistics.Estimate
-    """The mean over all pairs of nets."""
+    """The mean over all pairs of networks."""
     control: statistics.Estimate
     p_value: float
-    """Of the means: Student's paired test over seeds, one-sided."""
+    """Student's one-sided paired test of the means over seeds."""
     significant: int
-    """In how many pairs p < 0.05: Fisher's exact test of all images, after Holm's correction."""
+    """In how many pairs p < 0.05 by Fisher's exact test with Holm's correction."""
     pairs: int
 
     def __str__(self) -> str:
         return (
             f"{markdown.percent(self.transfer, 1)} against {markdown.percent(self.control, 1)} "
-            f"(p = {self.p_value:.1g}), in {self.significant} of {self.pairs} pairs of nets "
-            "significant by itself"
+            f"(p = {self.p_value:.1g}), in {self.significant} of {self.pairs} pairs of networks "
+            "significant on its own"
         )
 
 
 def above(columns: Sequence[str], found: Found, kind: str, control: str) -> Above:
-    """Whether nets err more on the images of a kind than on the control: for the net, or for all.
+    """Test whether networks err more on the images of a kind than on a control.
 
-    That the same images are behind both counts, the test of a pair does not use: it is cautious.
+    The test of a pair ignores that both counts are over the same images, which is conservative.
     """
     p_values, pairs = [], []
     for row, i, _ in _different(columns):
@@ -213,7 +219,7 @@ def above(columns: Sequence[str], found: Found, kind: str, control: str) -> Abov
 
 
 def span(printed: Mapping[str, paper.Transfer], rows: Sequence[str], columns: Sequence[str]) -> str:
-    """From the smallest to the largest rate that the paper prints between different nets."""
+    """The range of the rates that the paper prints between different networks."""
     rates = [printed[row].errors[column] for row in rows for column in columns if row != column]
     return f"{min(rates):g} to {max(rates):g} %"
 
@@ -221,7 +227,7 @@ def span(printed: Mapping[str, paper.Transfer], rows: Sequence[str], columns: Se
 def misled(
     columns: Sequence[str], found: Found, kind: str, row: str, others: Sequence[str]
 ) -> list[float]:
-    """For each seed the mean error of some of the nets on a row's images."""
+    """The mean error of some networks on the images of a row, for each seed."""
     return [
         float(
             np.mean(
@@ -239,7 +245,7 @@ def misled(
 
 
 def _different(columns: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    """The cells off the diagonal: the row's net, and the column's place and net."""
+    """The off-diagonal cells: the row's network, and the column's index and network."""
     for row in columns:
         for i, column in enumerate(columns):
             if row != column:

@@ -14,10 +14,10 @@ from experiments.common import markdown, networks, statistics
 from experiments.common.measure import Row
 
 TOP = 10
-"""How many images a unit or direction is judged by."""
+"""The number of images by which a unit or direction is judged."""
 ALPHA = 0.05
 MARGIN = 0.05
-"""Smaller effects do not matter."""
+"""Effects below this do not matter."""
 QUANTILES = (0.0, 0.025, 0.975, 1.0)
 
 _equivalence_test = jax.jit(functools.partial(units.equivalence_test, margin=MARGIN))
@@ -26,21 +26,21 @@ _equivalence_test = jax.jit(functools.partial(units.equivalence_test, margin=MAR
 def features(
     network: networks.Network, layer: str, images: Float[np.ndarray, "n *shape"]
 ) -> Float[Array, "n units"]:
-    """What a layer of a net makes of images."""
+    """The output of a layer for each image."""
 
-    def phi(image):
+    def phi(image: Array) -> Array:
         return jnp.ravel(network.model.apply(network.params, image, method="layers")[layer])
 
     return jax.lax.map(phi, images, batch_size=1000)
 
 
 def alive(phi: Float[Array, "n units"]) -> Bool[np.ndarray, " units"]:
-    """Which units are above their least value on as many images as a row shows."""
+    """Which units exceed their minimum on at least as many images as a row shows."""
     return np.asarray(jnp.sum(phi > jnp.min(phi, axis=0, keepdims=True), axis=0) >= TOP)
 
 
-def in_numbers(found: units.Comparison) -> Row:
-    """One score of the units beside that of random bases."""
+def as_row(found: units.Comparison) -> Row:
+    """A comparison of units with random bases, as JSON holds it."""
     return {
         "identity": float(found.identity),
         "rotated": float(found.rotated.mean()),
@@ -52,29 +52,29 @@ def in_numbers(found: units.Comparison) -> Row:
 
 
 def outside(found: Row) -> int:
-    """Whether T is above (1), below (-1) or within the middle 95 % of the rotations."""
+    """Whether T is above (1), below (-1) or within (0) the middle 95 % of the rotations."""
     _, low, high, _ = found["rotated_quantiles"]
     return int(found["identity"] > high) - int(found["identity"] < low)
 
 
 def equivalence(found: Sequence[Row]) -> units.EquivalenceTest | None:
-    """Whether the effect is shown to be too small to matter; None of a single seed."""
+    """Test whether the effect is too small to matter; None for a single seed."""
     effects = np.array([one["effect"] for one in found])
     return _equivalence_test(effects) if len(found) > 1 else None
 
 
 def draw_rows(images: Float[np.ndarray, "rows columns *shape"], names: Sequence[str]) -> Figure:
-    """Draws rows of images, with the name of each row."""
+    """Draw rows of images, each with a name."""
     places = np.arange(images.shape[0] * images.shape[1]).reshape(images.shape[:2])
     return plots.top_images_grid(images.reshape(-1, *images.shape[2:]), places, names=names)
 
 
 def cells(found: Sequence[Row], *, sides: bool = False) -> Iterator[tuple[str, str]]:
-    """The scores of the units over the seeds beside those of random bases, and the tests.
+    """Table cells: the scores of units and of random bases over the seeds, and the tests.
 
     Args:
-        found: What `in_numbers` gave for each seed.
-        sides: Whether to count the seeds that are above the rotations, and those below.
+        found: The result of `as_row` for each seed.
+        sides: Whether to count the seeds above and below the rotations.
     """
     tested = equivalence(found)
     yield "their T", f"{statistics.over(found, 'identity').mean:.3f}"

@@ -1,4 +1,4 @@
-"""Images to attack, each with a class to reach; and the attacks on all of them."""
+"""Images to attack, each with a target class, and attacks on all of them."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from advjax import attacks, data, runner
 from experiments.common.networks import Network
 
 ATTACKS = (attacks.lbfgs, attacks.minimum_norm)
-"""The paper's attack, and the exact one."""
+"""The paper's attack and the exact one, each a function of the network."""
 
 
 class Victims(NamedTuple):
-    """Test images to attack, with a class for each to reach."""
+    """Images to attack, each with a target class."""
 
     indices: Int[np.ndarray, " n"]
     images: Float[np.ndarray, " n *shape"]
@@ -22,12 +22,12 @@ class Victims(NamedTuple):
     targets: Int[np.ndarray, " n"]
 
     def first(self, count: int) -> "Victims":
-        """The first of them."""
+        """Keep the first of them."""
         return Victims(*(field[:count] for field in self))
 
 
 def victims(network: Network, test: data.Dataset, count: int | None = None) -> Victims:
-    """The first images that a network gets right, all if None, each with a fixed other class."""
+    """The first images that a network gets right (all if None), each with a fixed target."""
     predictions = jax.vmap(network.logits_fn)(test.images).argmax(axis=1)
     indices = np.flatnonzero(predictions == test.labels)[:count]
     labels = test.labels[indices]
@@ -36,9 +36,9 @@ def victims(network: Network, test: data.Dataset, count: int | None = None) -> V
 
 
 def random_victims(key: Key[Array, ""], split: data.Dataset, count: int) -> Victims:
-    """Random images, whether or not a network gets them right, each with a random other class.
+    """Draw images, right or wrong, each with a random other class as its target.
 
-    With one key a larger number begins with the images of a smaller one.
+    With the same key, a larger draw begins with the images of a smaller one.
     """
     image_key, target_key = jax.random.split(key)
     indices = np.asarray(jax.random.permutation(image_key, len(split.labels)))[:count]
@@ -50,17 +50,17 @@ def random_victims(key: Key[Array, ""], split: data.Dataset, count: int) -> Vict
 def attack_victims(
     attack: attacks.Attack, chosen: Victims, title: str = "attack"
 ) -> attacks.AttackResult:
-    """Attacks each image towards its target, with a progress bar of this title."""
+    """Attack each image towards its target, with a titled progress bar."""
     return runner.attack_images(attack, chosen.images, chosen.targets, progress=title)
 
 
 def attack_every_class(
     attack: attacks.Attack, chosen: Victims, title: str = "attack"
 ) -> attacks.AttackResult:
-    """The nearest of the nine other classes, as `attacks.untargeted` finds it, with a progress bar.
+    """Find the nearest of the nine other classes, as `attacks.untargeted` does.
 
-    With a lane of the runner for each target it takes a fraction of the time, as no image waits for
-    the slowest of its targets.
+    Each pair of image and target has a lane of the runner, which takes a fraction of the time since
+    no image waits for its slowest target.
     """
     classes = np.arange(10)
     others = np.stack([classes[classes != label] for label in chosen.labels])

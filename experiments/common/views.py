@@ -2,12 +2,12 @@
 
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 from matplotlib.figure import Figure
 
 from advjax import data, units
@@ -20,25 +20,25 @@ LAYER = "pooled"
 SHOWN = 4
 COLUMNS = 6
 CUTS = ((1.0, 1), (9 / 7, 2), (12 / 7, 3))
-"""By how much a photograph is magnified, and how many crops there are along each side."""
+"""The magnification of a photograph, and the number of crops along each side."""
 _THUMBNAIL = 112  # pixels
 
 
 class Views(NamedTuple):
-    """Crops of photographs, those of each photograph side by side."""
+    """Crops of photographs, grouped by photograph."""
 
     images: Float[np.ndarray, "photographs views height width 3"]
     names: list[str]
-    """What each photograph is of, or its number where this is not told."""
+    """The class of each photograph, or its number if the class is unknown."""
     splits: tuple[data.Dataset, ...]
-    """The photographs that they were cut from, one set for each magnification."""
+    """The photographs before cropping, one set for each magnification."""
 
 
 # --- photographs and what a layer makes of them ----------------------------------------------
 
 
 def load_views(folder: Path | None, *, quick: bool) -> Views:
-    """Cuts the photographs of a folder, or foolbox's; quick, the first eight, shrunk."""
+    """Load and crop the photographs of a folder, or foolbox's; eight small ones if quick."""
     size, count = (64, 8) if quick else (224, None)
     splits = tuple(
         data.load_photographs(folder=folder, size=round(scale * size), crop=1.0, count=count)
@@ -54,7 +54,7 @@ def load_views(folder: Path | None, *, quick: bool) -> Views:
 def crops(
     images: Float[np.ndarray, "n side side 3"], size: int, along: int
 ) -> Float[np.ndarray, "n crops size size 3"]:
-    """Squares of one size, evenly spaced from corner to corner, `along` of them each way."""
+    """Square crops, evenly spaced from corner to corner, `along` of them in each direction."""
     starts = np.linspace(0, images.shape[1] - size, along).round().astype(int)
     return np.stack([images[:, y : y + size, x : x + size] for y in starts for x in starts], axis=1)
 
@@ -64,14 +64,16 @@ def pooled_features(
     images: Float[np.ndarray, "photographs views height width 3"],
     layers: tuple[str, ...],
 ) -> dict[str, Float[Array, "photographs views units"]]:
-    """What layers make of each view, channels averaged over the pixels."""
+    """The outputs of layers for each view, averaged over the pixels."""
     found = _features(network.model, network.params, images.reshape(-1, *images.shape[2:]), layers)
     return {name: phi.reshape(*images.shape[:2], -1) for name, phi in found.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _features(model, params, images, layers):
-    def of_one(image):
+def _features(
+    model: Any, params: PyTree, images: Array, layers: tuple[str, ...]
+) -> dict[str, Array]:
+    def of_one(image: Array) -> dict[str, Array]:
         outputs = model.apply(params, image, method="layers")
         return {
             name: jnp.mean(outputs[name].reshape(-1, outputs[name].shape[-1]), axis=0)
@@ -82,12 +84,12 @@ def _features(model, params, images, layers):
 
 
 def flat(phi: Float[Array, "photographs views units"]) -> Float[Array, "n units"]:
-    """All views one after the other."""
+    """Merge the axes of photographs and views."""
     return phi.reshape(-1, phi.shape[-1])
 
 
 def photograph_of(phi: Float[Array, "photographs views units"]) -> Int[np.ndarray, " n"]:
-    """Which photograph each view is of."""
+    """The index of the photograph that each view shows."""
     return np.repeat(np.arange(phi.shape[0]), phi.shape[1])
 
 
@@ -97,7 +99,7 @@ def photograph_of(phi: Float[Array, "photographs views units"]) -> Int[np.ndarra
 def purity(
     indices: Int[np.ndarray, "m k"], phi: Float[Array, "photographs views units"]
 ) -> Float[np.ndarray, " m"]:
-    """The share of each set of views that is of one photograph."""
+    """The fraction of each set of views that shows its most frequent photograph."""
     return np.asarray(units.label_purity(indices, photograph_of(phi)))
 
 
@@ -107,7 +109,7 @@ def best_views(
     """The photographs that go farthest along each direction, each by its best view.
 
     Returns:
-        The places of these views among all, at most one of each photograph, the farthest first.
+        The indices of these views, at most one per photograph, the farthest first.
     """
     products = np.asarray(jnp.einsum("pvd,md->mpv", phi, directions, precision="highest"))
     order = np.argsort(-products.max(axis=2), axis=1, kind="stable")[:, :k]
@@ -121,13 +123,13 @@ def farthest(
     shown: list[str],
     names: list[str],
 ) -> Row:
-    """The purity of all directions, and what is at the ends of the first ones.
+    """The purity of all directions, and the farthest views along the first ones.
 
     Args:
         phi: The features.
         directions: All directions.
-        shown: What to call the first ones, which are to be shown.
-        names: What to call the photographs.
+        shown: The names of the first directions, which are shown.
+        names: The names of the photographs.
     """
     ten = np.asarray(units.top_images(flat(phi), directions, k=TOP).indices)
     best = best_views(phi, directions[: len(shown)], COLUMNS)
@@ -140,10 +142,10 @@ def farthest(
                 "name": name,
                 "best": row.tolist(),
                 "names": [names[i] for i in photographs[row]],
-                "purity": float(share),
+                "purity": float(fraction),
                 "different": len(set(photographs[views])),
             }
-            for name, row, share, views in zip(
+            for name, row, fraction, views in zip(
                 shown, best, purity(ten[: len(shown)], phi), ten, strict=False
             )
         ],
@@ -154,7 +156,7 @@ def farthest(
 
 
 def thumbnails(views: Views, rows: list[Row]) -> UInt8[np.ndarray, "rows columns side side 3"]:
-    """The best views of each row, in a quarter of the pixels where there are so many."""
+    """The best views of each row, at a quarter of the pixels if they are large."""
     images = views.images.reshape(-1, *views.images.shape[2:])
     images = images[np.array([row["best"] for row in rows])]
     *places, side, _, _ = images.shape
@@ -164,7 +166,7 @@ def thumbnails(views: Views, rows: list[Row]) -> UInt8[np.ndarray, "rows columns
 
 
 def draw_views(content: Content, arrays: Arrays) -> Figure:
-    """The first seed's rows of best views, at twice the size."""
+    """Draw the best views of the first seed's rows, at twice the size."""
     names = [row["name"] for row in content["runs"][0]["rows"]]
     figure = draw_rows(arrays["best"] / np.float32(255), names)
     figure.set_dpi(2 * figure.dpi)
@@ -172,7 +174,7 @@ def draw_views(content: Content, arrays: Arrays) -> Figure:
 
 
 def table_of_views(rows: list[Row]) -> str:
-    """The rows of a figure, in words."""
+    """A table of the photographs in each row of a figure."""
     return markdown.table(
         (
             [

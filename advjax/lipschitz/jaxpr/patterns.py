@@ -10,17 +10,22 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from advjax.lipschitz.signals import Operation, Signal, concrete
-from advjax.lipschitz.walk import Context, walk
+from advjax.lipschitz.jaxpr import elementwise
+from advjax.lipschitz.jaxpr.interpreter import Context, interpret
+from advjax.lipschitz.jaxpr.values import Operation, Signal, concrete
 
 Found = tuple[Operation, float] | None
 
 
 def match(op: Operation, like: Any) -> Found:
     """The function that an operation completes, as an operation, with its gain; or None."""
+    complex_numbers = any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in op.signals)
+    if complex_numbers or not jnp.issubdtype(like.dtype, jnp.floating):
+        return None
     for pattern in (_softmax, _log_softmax, _log_sum_exp, _normalisation):
         found = pattern(op)
         if found is not None:
@@ -32,38 +37,36 @@ def _as(op: Operation, name: str, signal: Signal, gain: float) -> Found:
     return op._replace(name=name, inputs=(signal,)), gain
 
 
-# Elementwise functions. Their largest slopes are those of a dense search, rounded up; the slope
-# has one smooth maximum each.
+# Elementwise functions
 
-SELU_SLOPE = 1.75810
-
-_SLOPES: dict[str, tuple[Callable, tuple[float, ...], Callable[..., float]]] = {
-    "gelu": (lambda x: jax.nn.gelu(x, approximate=False), (), lambda: 1.12905),
-    "gelu_tanh": (lambda x: jax.nn.gelu(x, approximate=True), (), lambda: 1.12905),
-    "silu": (jax.nn.silu, (), lambda: 1.09985),
-    "mish": (jax.nn.mish, (), lambda: 1.08855),
-    "softplus": (jax.nn.softplus, (), lambda: 1.0),
-    "elu": (jax.nn.elu, (0.5,), lambda alpha: max(1.0, abs(alpha))),
-    "selu": (jax.nn.selu, (), lambda: SELU_SLOPE),
-    "leaky_relu": (jax.nn.leaky_relu, (0.5,), lambda slope: max(1.0, abs(slope))),
-    "hard_tanh": (jax.nn.hard_tanh, (), lambda: 1.0),
-    "celu": (jax.nn.celu, (0.5,), lambda alpha: 1.0 if alpha > 0 else math.inf),
-    "soft_sign": (jax.nn.soft_sign, (), lambda: 1.0),
+_FUNCTIONS: dict[str, tuple[Callable, tuple[float, ...]]] = {
+    **{
+        name: (elementwise.TABLE[name].fn, ())
+        for name in (
+            *("gelu", "gelu_tanh", "silu", "mish", "softplus", "selu", "hard_tanh", "soft_sign"),
+        )
+    },
+    **{name: (function.fn, (0.5,)) for name, function in elementwise.PARAMETRIC.items()},
 }
+"""The functions to recognise, and examples of the scalars that they take."""
 
 
 def _elementwise(op: Operation, like: Any) -> Found:
     if op.name not in ("mul", "select_n", "add", "div"):
         return None
     value = Signal(like.shape, like.dtype, math.inf, op)
-    for name in _SLOPES:
+    for name in _FUNCTIONS:
         reference, leaves = _reference(name, like.shape, like.dtype)
         bindings = _unify(reference, value, {})
         if bindings is None:
             continue
         x, *scalars = (bindings[id(leaf)] for leaf in leaves)
         if isinstance(x, Signal) and all(concrete(s) for s in scalars):
-            slope = _SLOPES[name][2](*(float(s) for s in scalars))
+            slope = (
+                elementwise.PARAMETRIC[name].row(float(scalars[0])).slope
+                if scalars
+                else elementwise.TABLE[name].slope
+            )
             return _as(op, name, x, slope) if math.isfinite(slope) else None
     return None
 
@@ -71,17 +74,17 @@ def _elementwise(op: Operation, like: Any) -> Found:
 @functools.lru_cache(maxsize=1024)
 def _reference(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Signal, list[Signal]]:
     """The function's result with what made it, and its arguments."""
-    function, scalars, _ = _SLOPES[name]
+    function, scalars = _FUNCTIONS[name]
     closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype), *scalars)
     leaves = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars]
 
-    def record(op, avals, rules):
+    def record(op, avals, function_rule):
         passes = op.name == "copy" or (op.name == "convert_element_type" and not op.shape)
         if passes:  # as where the scalar is a number that is converted while it is traced
             return op.inputs
         return [Signal(a.shape, a.dtype, math.inf, op) for a in avals]
 
-    return walk(closed, leaves, Context(record))[0], leaves
+    return interpret(closed, leaves, Context(record))[0], leaves
 
 
 def _unify(reference: Any, value: Any, bindings: dict[int, Any]) -> dict[int, Any] | None:

@@ -16,7 +16,7 @@ So a layer of stride s takes the direct sum of the inputs at s frequencies, and 
 an image, whose window is the image, takes that of all of them. By Parseval's theorem lengths and
 inner products are sums over the frequencies.
 
-Source: Pauli, Gramlich and Allgoewer (2023), arXiv:2211.15253, for convolutions in LipSDP, one
+Reference: Pauli, Gramlich and Allgoewer (2023), arXiv:2211.15253, for convolutions in LipSDP, one
 axis of them and in state space.
 """
 
@@ -30,8 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from advjax.lipschitz.convolution import BATCH, Convolution, turns_of, weighted_taps
-from advjax.lipschitz.norms import Dense
+from advjax.lipschitz.linear.layers import BATCH, Conv, Layer, turns_of, weighted_taps
 
 Grid = tuple[int, ...]
 """The sizes of a circle for each spatial axis; empty for a vector."""
@@ -51,9 +50,9 @@ class Spectrum(NamedTuple):
     relative: float
 
 
-def grids(layers: Sequence[Dense | Convolution]) -> list[Grid]:
+def grids(layers: Sequence[Layer]) -> list[Grid]:
     """The circles before the first layer and behind each; convolutions come before dense layers."""
-    convolutions = [layer for layer in layers if isinstance(layer, Convolution)]
+    convolutions = [layer for layer in layers if isinstance(layer, Conv)]
     found: list[Grid] = [()] * (len(layers) + 1)
     if not convolutions:
         return found
@@ -67,25 +66,21 @@ def grids(layers: Sequence[Dense | Convolution]) -> list[Grid]:
     return found
 
 
-def spectra(
-    layers: Sequence[Dense | Convolution], kernels: Sequence[Float[Array, "*kernel"]]
-) -> list[Spectrum]:
+def spectra(layers: Sequence[Layer]) -> list[Spectrum]:
     """Each layer at the frequencies of its inputs; the kernels may be off by four roundings."""
     shape: tuple[int, ...] = ()
     found = []
-    for layer, kernel, (before, behind) in zip(
-        layers, kernels, itertools.pairwise(grids(layers)), strict=True
-    ):
+    for layer, (before, behind) in zip(layers, itertools.pairwise(grids(layers)), strict=True):
         offsets: list[np.ndarray] = []
-        window = kernel
-        if isinstance(layer, Convolution):
+        window = layer.kernel
+        if isinstance(layer, Conv):
             offsets = [axis.offsets for axis in layer.axes]
-            window = _ungrouped(kernel, layer.groups)
+            window = _ungrouped(layer.kernel, layer.groups)
         elif before:  # a window of the image's size
             offsets = [np.arange(size) for size in shape[:-1]]
-            window = kernel.reshape(*shape, kernel.shape[-1])
+            window = layer.kernel.reshape(*shape, layer.kernel.shape[-1])
         found.append(_spectrum(window, offsets, before, behind))
-        shape = layer.output_shape(kernel.shape)
+        shape = layer.output_shape
     return found
 
 

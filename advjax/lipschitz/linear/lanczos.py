@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from advjax import checks, losses
+from advjax.lipschitz.linear.rounding import power_of_two
 
 LinearFn = Callable[[Float[Array, "*shape"]], Float[Array, "*out"]]
 
@@ -85,7 +86,8 @@ def power_iteration(
         TypeError: If `like` is not floating.
         ValueError: If `num_starts` or `num_steps` is not a positive integer, or `tol` is negative.
 
-    Source: the paper's section 4.3 asks for operator norms; Golub and Van Loan (2013), section 8.2.
+    Reference: Szegedy et al. (2013), section 4.3, asks for operator norms; Golub and Van Loan
+    (2013), section 8.2, for the method.
     """
     num_starts = checks.positive_int("num_starts", num_starts)
     num_steps = checks.positive_int("num_steps", num_steps)
@@ -107,6 +109,28 @@ def power_iteration(
     _, pairs, count = jax.lax.while_loop(unfinished, step, (starts, zeros, jnp.int32(0)))
     best = _best(pairs)
     return Estimate(best.value, best.residual, count)
+
+
+def power_step(
+    linear_fn: LinearFn, vector: Float[Array, "*shape"], *, num_steps: int = 1
+) -> Float[Array, "*shape"]:
+    """Turn a vector towards the one that a linear function stretches most.
+
+    Args:
+        linear_fn: A linear function of one array, such as a layer without its bias.
+        vector: A vector that is not 0, such as that of the step before.
+        num_steps: How many steps of power iteration to take.
+
+    Returns:
+        A vector of length 1, or 0 where the function makes 0 of it.
+    """
+    transpose = jax.linear_transpose(linear_fn, vector)
+
+    def step(_, vector):
+        (image,) = transpose(unit(linear_fn(vector)))
+        return unit(image)
+
+    return jax.lax.fori_loop(0, num_steps, step, unit(vector), unroll=num_steps <= 2)
 
 
 def lanczos(
@@ -141,7 +165,7 @@ def lanczos(
         ValueError: If `num_starts` or `num_steps` is not a positive integer, or
             `failure_probability` is not in (0, 1).
 
-    Source: Kuczynski and Wozniakowski (1992), theorem 4.1(b): a start fails to come within the
+    Reference: Kuczynski and Wozniakowski (1992), theorem 4.1(b): a start fails to come within the
     relative error e of the largest eigenvalue with probability at most
     `1.648 sqrt(n) exp(-sqrt(e) (2 k - 1))` after k steps in n dimensions.
     """
@@ -203,7 +227,13 @@ def _started(
     normal = jax.random.normal(key, (num, *like.shape), like.dtype)
     starts = jax.vmap(unit)(normal)
     scale = power_of_two(forward(starts[0]))
-    return _Operator(lambda x: forward(x) / scale, lambda y: transpose(y / scale), scale), starts
+
+    def scaled(x):
+        # Without the barrier XLA may divide twice by the scale as once by its square, which
+        # underflows or overflows.
+        return jax.lax.optimization_barrier(x / scale)
+
+    return _Operator(lambda x: scaled(forward(x)), lambda y: transpose(scaled(y)), scale), starts
 
 
 def _lanczos(
@@ -259,12 +289,6 @@ def _dot(a: Array, b: Array) -> Array:
 
 def unit(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """An array of length 1 in the same direction; 0 for 0."""
+    x = x / jax.lax.stop_gradient(power_of_two(x))  # whose squares neither underflow nor overflow
     norm = losses.l2(x)
     return x / jnp.where(norm > 0, norm, 1)
-
-
-def power_of_two(x: Array) -> Float[Array, ""]:
-    """The power of two just above the largest magnitude in an array; 1 if that is 0."""
-    largest = jnp.max(jnp.abs(x), initial=0)
-    fraction, _ = jnp.frexp(largest)
-    return jnp.where(largest > 0, largest / jnp.where(largest > 0, fraction, 1), 1)  # exact

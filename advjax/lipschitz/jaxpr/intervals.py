@@ -5,20 +5,23 @@ arithmetic. A linear operation T takes `[m - r, m + r]` to `T m` plus or minus `
 point T m is off by at most gamma(k) |T| |m| for sums of k terms (Higham, 2002, chapter 3), and the
 sum |T| r by gamma(k) of itself.
 
-Source: Gowal et al. (2018) for the propagation of intervals through networks.
+Reference: Gowal et al. (2018) for the propagation of intervals through networks.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from advjax.lipschitz.gram import gamma
-from advjax.lipschitz.signals import Interval, Operation
+from advjax.lipschitz.jaxpr import elementwise
+from advjax.lipschitz.jaxpr.elementwise import Elementwise
+from advjax.lipschitz.jaxpr.values import Interval, Operation, Signal, known_now
 
 # Exact, and nondecreasing in each input that may be a signal.
 _ORDERED = frozenset(
@@ -29,19 +32,13 @@ _ORDERED = frozenset(
     ]
 )
 
-# Nondecreasing elementwise functions with their derivatives, which are even and fall with |z|.
-_SMOOTH: dict[str, Callable[[Array], Array]] = {
-    "logistic": lambda z: jax.nn.sigmoid(z) * jax.nn.sigmoid(-z),
-    "tanh": lambda z: 4 * jax.nn.sigmoid(2 * z) * jax.nn.sigmoid(-2 * z),
-    "erf": lambda z: 2 / math.sqrt(math.pi) * jnp.exp(-(z**2)),
-    "atan": lambda z: 1 / (1 + z**2),
-    "asinh": lambda z: jax.lax.rsqrt(1 + z**2),
-}
-
 _ULPS = 64  # more than elementary functions and a few operations after them are off by
 
 
-def enclosure(op: Operation, inputs: Sequence[Any]) -> Interval | None:
+@known_now
+def enclosure(  # noqa: PLR0911
+    op: Operation, inputs: Sequence[Any]
+) -> Interval | None:
     """What the entries of a result are between.
 
     Args:
@@ -52,30 +49,114 @@ def enclosure(op: Operation, inputs: Sequence[Any]) -> Interval | None:
     Returns:
         An `Interval`, or None where nothing is known.
     """
-    primitive = getattr(jax.lax, f"{op.name}_p", None)
     known = all(isinstance(x, Interval) for x in inputs if x is None or isinstance(x, Interval))
-    if primitive is None or not known or op.params.keys() & {"jaxpr", "call_jaxpr"}:
+    if not known or op.params.keys() & {"jaxpr", "call_jaxpr"}:
         return None
-    dtype = op.signals[0].dtype
-
-    def apply(*values, **params):
-        # Literals of a jaxpr are plain numbers.
-        arrays = [v if hasattr(v, "dtype") else jnp.asarray(v, dtype) for v in values]
-        return primitive.bind(*arrays, **{**op.params, **params})
-
+    if not all(jnp.issubdtype(s.dtype, jnp.floating) for s in op.signals):
+        return None
+    # In float32 at least, whatever the function computes in.
+    dtype = jnp.result_type(jnp.float32, *(x.lower for x in inputs if isinstance(x, Interval)))
+    row = elementwise.row(op)
+    if row is not None:
+        return _image(row, Interval(*(end.astype(dtype) for end in inputs[0])))
+    if op.name == "convert_element_type":
+        return inputs[0] if jnp.issubdtype(op.params["new_dtype"], jnp.floating) else None
+    if op.name == "mul" and len(op.signals) == 2:
+        return _between_products(*inputs, same=op.inputs[0] is op.inputs[1])
+    if not hasattr(jax.lax, f"{op.name}_p"):
+        return None
+    apply = functools.partial(_apply, op, dtype)
     if op.name in _ORDERED:
         return Interval(*(apply(*(_end(x, end) for x in inputs)) for end in (0, 1)))
-    if op.name in _SMOOTH:
-        return _widened(*(apply(end) for end in inputs[0]), absolute=1.0)
     if op.name in ("add", "sub"):
         one, other = (Interval(_end(x, 0), _end(x, 1)) for x in inputs)
         if op.name == "sub":
             other = Interval(*other[::-1])
         return _widened(apply(one.lower, other.lower), apply(one.upper, other.upper))
-    if op.name == "neg":
-        return Interval(-inputs[0].upper, -inputs[0].lower)
     terms = _terms(op)
     return None if terms is None else _linear(op, inputs, terms, apply)
+
+
+def _apply(op: Operation, dtype: Any, *values: Any, **params: Any) -> Array:
+    """The result of an operation for other inputs and parameters, in a precision."""
+    # Literals of a jaxpr are numbers, with a dtype or without.
+    arrays = [jnp.asarray(v) if hasattr(v, "dtype") else jnp.asarray(v, dtype) for v in values]
+    arrays = [v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for v in arrays]
+    if op.params.get("preferred_element_type") is not None:
+        params |= {"preferred_element_type": dtype}
+    return getattr(jax.lax, f"{op.name}_p").bind(*arrays, **{**op.params, **params})
+
+
+def _image(row: Elementwise, interval: Interval) -> Interval | None:
+    """The values of an elementwise function on an interval."""
+    lower, upper = interval
+    if row.increasing:
+        ends = row.fn(lower), row.fn(upper)
+    elif row.decreasing:
+        ends = row.fn(upper), row.fn(lower)
+    elif row.even:
+        farthest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
+        ends = row.fn(jnp.clip(0, lower, upper)), row.fn(farthest)
+    else:
+        ends = jnp.full_like(lower, row.low), jnp.full_like(upper, row.high)
+    bounded = math.isfinite(row.low) and math.isfinite(row.high)
+    lower, upper = _widened(*ends, absolute=float(bounded), ulps=_ULPS)
+    low, high = _rounded_outwards(row.low, row.high, lower.dtype)
+    return Interval(jnp.maximum(lower, low), jnp.minimum(upper, high))
+
+
+def _rounded_outwards(low: float, high: float, dtype: Any) -> tuple[Any, Any]:
+    """Two numbers in a precision, the first rounded down and the second up."""
+    kind = np.dtype(dtype).type
+    nearest = kind(low), kind(high)
+    return (
+        nearest[0] if float(nearest[0]) <= low else np.nextafter(nearest[0], kind(-np.inf)),
+        nearest[1] if float(nearest[1]) >= high else np.nextafter(nearest[1], kind(np.inf)),
+    )
+
+
+def _between_products(one: Interval, other: Interval, *, same: bool) -> Interval:
+    """Products of entries of two intervals; squares where they are the same entries."""
+    ends = [a * b for a in one for b in other]
+    # An infinite end times 0 is no number, and may be anything.
+    lower = functools.reduce(jnp.minimum, ends)
+    upper = functools.reduce(jnp.maximum, ends)
+    lower, upper = _widened(lower, upper)
+    return Interval(jnp.maximum(lower, 0) if same else lower, upper)
+
+
+_RANGES = {"softmax": (0.0, 1.0)}
+
+
+def anywhere(signal: Signal, depth: int = 16, found: dict[int, Interval] | None = None) -> Interval:
+    """What the entries of a signal are between; for any input where there is no region.
+
+    It looks back over a few operations only: enough to see a bounded activation.
+    """
+    if signal.interval is not None:
+        return signal.interval
+    found = {} if found is None else found
+    if id(signal) in found:
+        return found[id(signal)]
+    is_real = jnp.issubdtype(signal.dtype, jnp.floating)
+    dtype = jnp.promote_types(signal.dtype, jnp.float32) if is_real else jnp.float32
+
+    @known_now
+    def between(low, high):
+        return _widened(jnp.full(signal.shape, low, dtype), jnp.full(signal.shape, high, dtype))
+
+    result = between(-jnp.inf, jnp.inf)
+    op, layer = signal.operation, signal.layer
+    if layer is not op and layer is not None:
+        row = elementwise.TABLE.get(layer.name)
+        ends = (row.low, row.high) if row else _RANGES.get(layer.name)
+        result = result if ends is None else between(*ends)
+    elif op is not None and depth > 0:
+        inputs = [anywhere(x, depth - 1, found) if isinstance(x, Signal) else x for x in op.inputs]
+        enclosed = enclosure(op, inputs)
+        result = result if enclosed is None else enclosed
+    found[id(signal)] = result
+    return result
 
 
 def _end(value: Any, end: int) -> Any:
@@ -110,7 +191,7 @@ def _linear(op: Operation, inputs: Sequence[Any], terms: int, apply: Callable) -
         accurate = {"precision": (highest, highest)}
     else:
         accurate = {}
-    error = gamma(terms + 4, dtype)
+    error = (terms + 4) * eps  # at least gamma(terms + 4), as long as that is below 1
     middle = interval.lower / 2 + interval.upper / 2
     radius = jnp.maximum(interval.upper - middle, middle - interval.lower) * (1 + 2 * eps)
 
@@ -125,11 +206,15 @@ def _linear(op: Operation, inputs: Sequence[Any], terms: int, apply: Callable) -
 
 
 def _widened(
-    lower: Array, upper: Array, *, absolute: float = 0.0, scale: Array | float = 0.0
+    lower: Array,
+    upper: Array,
+    *,
+    absolute: float = 0.0,
+    scale: Array | float = 0.0,
+    ulps: int = 4,
 ) -> Interval:
     """Rounded outwards; infinite where an infinite bound made a NaN of it."""
     eps = float(jnp.finfo(lower.dtype).eps)
-    ulps = _ULPS if absolute else 4
     tiny = float(jnp.finfo(lower.dtype).tiny)
     down = ulps * eps * (jnp.abs(lower) + jnp.abs(scale) + absolute) + tiny
     up = ulps * eps * (jnp.abs(upper) + jnp.abs(scale) + absolute) + tiny
@@ -139,17 +224,30 @@ def _widened(
     )
 
 
+@known_now
 def intersection(one: Interval, other: Interval) -> Interval:
     """What is in both."""
     return Interval(jnp.maximum(one.lower, other.lower), jnp.minimum(one.upper, other.upper))
 
 
+@known_now
 def widened_by(interval: Interval, distance: Float[ArrayLike, "..."]) -> Interval:
     """All that is within a distance of an interval, entry by entry."""
     distance = jnp.asarray(distance, interval.lower.dtype)
     return _widened(interval.lower - distance, interval.upper + distance, scale=distance)
 
 
+@known_now
+def slope_on(row: Elementwise, interval: Interval) -> Float[Array, "*shape"] | float:
+    """The largest slope of an elementwise function on intervals, rounded up."""
+    if row.slope_on is None:
+        return row.slope
+    eps = float(jnp.finfo(interval.lower.dtype).eps)
+    slope = row.slope_on(*interval) * (1 + _ULPS * eps) + _ULPS * eps
+    return jnp.minimum(jnp.where(jnp.isnan(slope), jnp.inf, slope), row.slope)
+
+
+@known_now
 def largest_slope(op: Operation, steepest: float) -> Float[Array, "*shape"] | float:
     """The largest slope of a nondecreasing elementwise operation on the interval of its input.
 
@@ -164,11 +262,9 @@ def largest_slope(op: Operation, steepest: float) -> Float[Array, "*shape"] | fl
     if signal.interval is None:
         return steepest
     lower, upper = signal.interval
-    if op.name in _SMOOTH:
-        eps = float(jnp.finfo(lower.dtype).eps)
-        nearest = jnp.clip(0, lower, upper)
-        slope = _SMOOTH[op.name](nearest) * (1 + _ULPS * eps) + _ULPS * eps
-        return jnp.minimum(slope, steepest)
+    row = elementwise.row(op)
+    if row is not None:
+        return slope_on(row, signal.interval)
     others = [x for x in op.inputs if x is not signal]
     if op.name == "max":
         return jnp.where(upper <= others[0], 0.0, steepest)
