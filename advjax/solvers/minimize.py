@@ -126,13 +126,19 @@ class _Static:
 
     def __init__(self, treedef: Any, leaves: tuple):
         self.treedef, self.leaves = treedef, leaves
-        self._key = treedef, leaves
+        self._hash = hash((treedef, leaves))
 
     def __hash__(self):
-        return hash(self._key)
+        return self._hash
 
     def __eq__(self, other):
-        return isinstance(other, _Static) and self._key == other._key
+        # The hashes first: trees of unlike metadata may refuse to be compared.
+        return (
+            isinstance(other, _Static)
+            and self._hash == other._hash
+            and self.leaves == other.leaves
+            and self.treedef == other.treedef
+        )
 
 
 def _split(fun: Callable) -> tuple[_Static, list[Array]]:
@@ -140,17 +146,12 @@ def _split(fun: Callable) -> tuple[_Static, list[Array]]:
     if type(fun) is functools.partial:
         fun = jax.tree_util.Partial(fun.func, *fun.args, **fun.keywords)
     leaves, treedef = jax.tree.flatten(fun)
-    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
-    arrays = [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]
-    rest = tuple(
-        _ARRAY if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True)
-    )
-    static = _Static(treedef, rest)
+    arrays = [leaf for leaf in leaves if _is_array(leaf)]
+    rest = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
     try:
-        hash(static)
-    except TypeError:  # nothing to find it by but its identity
-        static, arrays = _Static(None, (_ById(fun),)), []
-    return static, arrays
+        return _Static(treedef, rest), arrays
+    except TypeError:  # not hashable: nothing to find it by but its identity
+        return _Static(None, (_ById(fun),)), []
 
 
 def _join(static: _Static, arrays: list[Array]) -> Callable:
