@@ -71,7 +71,7 @@ def box(value: Any, x: Float[Array, "*shape"]) -> Box:
     A scalar stays one, as it need not be read for every pixel; another bound is shaped like `x`.
     """
 
-    def bound(name, array):
+    def bound(name: str, array: Any) -> Float[Array, "..."]:
         array = jnp.asarray(array, x.dtype)
         try:
             return jnp.broadcast_to(array, x.shape) if array.ndim else array
@@ -85,7 +85,7 @@ def box(value: Any, x: Float[Array, "*shape"]) -> Box:
     return Box(bound("lower", lower), bound("upper", upper))
 
 
-def is_outside(x: Float[Array, "*shape"], box: Box, *, xp: Any = jnp) -> Bool[Array, ""]:
+def is_outside(x: Any, box: Box, *, xp: Any = jnp) -> Bool[Array, ""]:
     """Whether `x` leaves the box by more than rounding: a thousandth of its (finite) width.
 
     Args:
@@ -137,7 +137,9 @@ def model(name: str, logits_fn: Any) -> None:
         )
 
 
-def logits(logits_fn: LogitsFn, x: Float[Array, "*shape"]) -> jax.ShapeDtypeStruct:
+def logits(
+    logits_fn: LogitsFn, x: Float[Array, "*shape"] | jax.ShapeDtypeStruct
+) -> jax.ShapeDtypeStruct:
     """What `logits_fn` returns for `x`; an error unless floating logits of one example."""
     model("logits_fn", logits_fn)
     out = jax.eval_shape(logits_fn, x)

@@ -1,8 +1,8 @@
 """Callables as pytrees, so that a compiled function takes a model as an ordinary argument."""
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -21,20 +21,22 @@ class Function:
         fn: The callable; a `Function` is taken as it is.
     """
 
+    _arrays: Sequence[Any]
+    _static: "_Static"
+
     def __init__(self, fn: Callable[..., Any]) -> None:
         if isinstance(fn, Function):
             self._arrays, self._static = fn._arrays, fn._static
             return
         leaves, structure = jax.tree.flatten(_with_arrays_as_leaves(fn))
-        self._arrays = [leaf for leaf in leaves if _is_array(leaf)]
         rest = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
-        static = _Template(structure, rest, tuple(map(_is_array, leaves)))
-        if not _is_hashable(static):
-            self._arrays, static = [], _Opaque(fn)
-        self._static: Hashable = static
+        self._arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        self._static = _Template(structure, rest, tuple(map(_is_array, leaves)))
+        if not _is_hashable(self._static):
+            self._arrays, self._static = [], _Opaque(fn)
 
     def __call__(self, *args: Any) -> Any:
-        return self._static.call(self._arrays, *args)  # type: ignore[attr-defined]
+        return self._static.call(self._arrays, *args)
 
     def hoist(self, *args: Any) -> "Function":
         """Return the same function with the arrays that it closes over as further leaves.
@@ -45,25 +47,28 @@ class Function:
         Args:
             args: Arguments, of which only shapes and dtypes count. The result takes no others.
         """
-
-        def call(arrays, *args):
-            return self._static.call(arrays, *args)  # type: ignore[attr-defined]
-
-        jaxpr, shapes = jax.make_jaxpr(call, return_shape=True)(self._arrays, *args)
+        jaxpr, shapes = jax.make_jaxpr(self._static.call, return_shape=True)(self._arrays, *args)
         consts = [_argument(const) for const in jaxpr.consts]
         static = _Program(self._static, jaxpr.jaxpr, jax.tree.structure(shapes))
         return Function.tree_unflatten(static, [*consts, *self._arrays])
 
-    def tree_flatten(self) -> tuple[Sequence[Any], Hashable]:
+    def tree_flatten(self) -> tuple[Sequence[Any], "_Static"]:
         """Split into arrays and the static part."""
         return self._arrays, self._static
 
     @classmethod
-    def tree_unflatten(cls, static: Hashable, arrays: Sequence[Any]) -> "Function":
+    def tree_unflatten(cls, static: "_Static", arrays: Sequence[Any]) -> "Function":
         """Join both parts again."""
         function = object.__new__(cls)
         function._arrays, function._static = list(arrays), static
         return function
+
+
+class _Static(Protocol):
+    """What a function is besides its arrays; hashable."""
+
+    def call(self, arrays: Sequence[Any], *args: Any) -> Any:
+        """Call the function that it makes with these arrays."""
 
 
 class _Template:
@@ -106,7 +111,7 @@ class _Opaque:
 class _Program:
     """A function as it was traced; equal if the source is and the traces read alike."""
 
-    def __init__(self, source: Hashable, jaxpr: core.Jaxpr, out_structure: Any) -> None:
+    def __init__(self, source: _Static, jaxpr: core.Jaxpr, out_structure: Any) -> None:
         self._source, self._jaxpr, self._out_structure = source, jaxpr, out_structure
 
     @functools.cached_property

@@ -22,7 +22,7 @@ def automatic(fn: Callable[..., T]) -> Callable[..., T]:
     """
 
     @functools.wraps(fn)
-    def wrapped(*args):
+    def wrapped(*args: Any) -> T:
         if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
             return fn(*args)
         return jax.sharding.auto_axes(fn, out_sharding=PartitionSpec())(*args)

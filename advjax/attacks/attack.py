@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, sharding
+from advjax.attacks import precision
 from advjax.attacks.result import AttackResult
 from advjax.functions import Function
 from advjax.types import Box, LogitsFn
@@ -110,14 +111,16 @@ class Attack:
         """Return the outcome as it stands."""
         return self.method.result(self, state)
 
-    def hoist(self, x: Float[Array, "*shape"]) -> "Attack":
+    def hoist(self, x: Float[Array, "*shape"] | jax.ShapeDtypeStruct) -> "Attack":
         """Return the same attack, on images like `x` alone, with all arrays of the model as leaves.
 
         What the model closes over, as a lambda does over parameters, becomes an argument of the
-        compiled program too; `__call__` and the runner do this by themselves.
+        compiled program too, and on an accelerator its products are computed in full precision,
+        unless `jax_default_matmul_precision` is set. `__call__` and the runner do this themselves.
         """
         checks.logits(self.logits_fn, x)
-        return dataclasses.replace(self, logits_fn=Function(self.logits_fn).hoist(x))
+        with precision.full_unless_chosen():
+            return dataclasses.replace(self, logits_fn=Function(self.logits_fn).hoist(x))
 
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
         """Split into the three fields, each of which is a pytree."""

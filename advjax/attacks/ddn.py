@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, losses, sharding
 from advjax.types import Box, LogitsFn
@@ -66,11 +66,11 @@ def _walk(
 ) -> Float[Array, "*shape"]:
     """The nearest adversarial image on the walk, or its last point."""
 
-    def loss(r):
+    def loss(r: Float[Array, "*shape"]) -> tuple[Float[Array, ""], Bool[Array, ""]]:
         logits = logits_fn((x + r).astype(x.dtype))
         return losses.cross_entropy(logits, target), jnp.argmax(logits) == target
 
-    def step(i, walk):
+    def step(i: Int[Array, ""], walk: tuple[Array, ...]) -> tuple[Array, ...]:
         r, radius, first_radius, best, nearest = walk
         (value, reached), grad = jax.value_and_grad(loss, has_aux=True)(r)
         size, slope = losses.l2(r), losses.l2(grad)

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, losses
@@ -134,7 +135,7 @@ class PenalizedLoss:
         checks.scalar("loss", self.loss_fn, logits, jax.ShapeDtypeStruct((), jnp.int32))
         checks.scalar("penalty", self.penalty, r)
 
-        def number(value: float):
+        def number(value: float) -> Float[Array, ""]:
             return jnp.full((), value, r.dtype)
 
         return _Search(
@@ -190,7 +191,7 @@ class PenalizedLoss:
         side = jnp.where(view.reached, 1, -1)
         slack = self.rtol * jnp.abs(search.clean_margin - view.goal)
 
-        def at(end, new, old):
+        def at(end: Bool[Array, ""], new: ArrayLike, old: ArrayLike) -> Float[Array, ""]:
             return jnp.where(end, new, old)
 
         hit, miss = view.reached, ~view.reached

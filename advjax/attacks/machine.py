@@ -17,16 +17,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, metrics
+from advjax.attacks import precision
 from advjax.attacks.attack import Attack
 from advjax.attacks.ddn import Start
 from advjax.attacks.result import AttackResult, Status, admission, first_that_holds, is_untried
 from advjax.solvers import Solver, SolverState
 from advjax.solvers import Status as SolverStatus
+from advjax.solvers.base import ValueAndGrad
 from advjax.types import Box, LogitsFn
 
 T = TypeVar("T")
 
-_RESOLUTION = 2e-5  # of the spread of the logits: what float32 keeps apart in any batch
 _ROUNDINGS = 4  # of the largest logit: what their own dtype keeps apart
 _FAR_BELOW = 30  # times as far below the largest logit as the target: a class that does not matter
 _OUT_OF_REACH = 1e3  # diameters of the box: a slope that needs as many leads nowhere
@@ -282,11 +283,13 @@ class Search:
         origin: Float[Array, " pixels"],
         target: Int[Array, ""],
         like: Float[Array, "*shape"],
-    ):
+    ) -> ValueAndGrad:
         """The objective of the current sub-problem, with the logits beside its value."""
         logits_fn = _on_flat(attack.logits_fn, like)
 
-        def objective(flat):
+        def objective(
+            flat: Float[Array, " pixels"],
+        ) -> tuple[Float[Array, ""], Float[Array, " classes"]]:
             logits = logits_fn(flat).astype(origin.dtype)
             loss = self.formulation.loss(params, logits, target)
             return self._size(flat, origin, like.shape) + loss, logits
@@ -378,7 +381,7 @@ def _resolution(
     spread = jnp.max(below, initial=0, where=below <= _FAR_BELOW * reach)
     magnitude = jnp.maximum(jnp.abs(largest), jnp.abs(largest - aim))
     rounding = _ROUNDINGS * float(jnp.finfo(dtype).eps) * magnitude
-    resolution = jnp.maximum(_RESOLUTION * spread, rounding)
+    resolution = jnp.maximum(precision.resolution(dtype) * spread, rounding)
     return jnp.where(jnp.isfinite(resolution), resolution, 0)
 
 
@@ -395,7 +398,7 @@ def _on_flat(logits_fn: LogitsFn, like: Float[Array, "*shape"]) -> LogitsFn:
 
 
 def _flat_box(attack: Attack, like: Float[Array, "*shape"]) -> Box:
-    return Box(*(_flatten(bound) for bound in checks.box(attack.box, like)))
+    return Box(*(_flatten(jnp.asarray(bound)) for bound in checks.box(attack.box, like)))
 
 
 def _flatten(x: Float[Array, "*shape"]) -> Float[Array, " pixels"]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Int
 
 from advjax.attacks import Attack, AttackResult
 from advjax.files import write_whole
@@ -86,7 +86,7 @@ def fingerprint(attack: Attack, xs: np.ndarray, targets: np.ndarray) -> dict[str
     versions of JAX too.
     """
 
-    def one_step(attack, x, target):
+    def one_step(attack: Attack, x: Array, target: Array) -> tuple[Bool[Array, ""], AttackResult]:
         state = attack.step(attack.init(x, target))
         return attack.done(state), attack.result(state)
 

@@ -142,7 +142,7 @@ def _start(
     state = attack.init(x, target)
     split = NamedSharding(mesh, PartitionSpec(AXIS))
 
-    def spread(leaf):
+    def spread(leaf: Array) -> Array:
         lanes = jnp.broadcast_to(leaf, (batch_size * mesh.size, *leaf.shape))
         return jax.lax.with_sharding_constraint(lanes, split)
 
@@ -165,13 +165,19 @@ def _turn(
     wanted steps until all of them are finished.
     """
 
-    def on_one_device(attack, lanes, occupied, arrivals, wanted):
-        new = jax.vmap(attack.init)(arrivals.xs, arrivals.targets)
+    def on_one_device(
+        attack: Attack,
+        lanes: PyTree[Array],
+        occupied: Bool[Array, " lanes"],
+        arrivals: Arrivals,
+        wanted: Int[Array, ""],
+    ) -> tuple[PyTree[Array], Departures]:
+        new = jax.vmap(attack.init)(jnp.asarray(arrivals.xs), jnp.asarray(arrivals.targets))
         lanes = jax.tree.map(
             lambda old, some: old.at[arrivals.lanes].set(some, mode="drop"), lanes, new
         )
 
-        def finished(lanes):
+        def finished(lanes: PyTree[Array]) -> Bool[Array, " lanes"]:
             return occupied & jax.vmap(attack.done)(lanes)
 
         enough = jnp.minimum(wanted, jnp.sum(occupied))
@@ -198,7 +204,7 @@ def as_attack(attack: Attack | Callable[..., AttackResult]) -> Attack:
     if isinstance(attack, Attack):
         return attack
     checks.model("attack", attack)
-    return Attack(attack, Box(), _Whole())
+    return Attack(_no_model, Box(), _Whole(Function(attack)))
 
 
 def hoist(attack: Attack, x: jax.ShapeDtypeStruct) -> Attack:
@@ -206,7 +212,11 @@ def hoist(attack: Attack, x: jax.ShapeDtypeStruct) -> Attack:
     if not isinstance(attack.method, _Whole):
         return attack.hoist(x)
     target = jax.ShapeDtypeStruct((), jnp.int32)
-    return dataclasses.replace(attack, logits_fn=Function(attack.logits_fn).hoist(x, target))
+    return dataclasses.replace(attack, method=_Whole(attack.method.fn.hoist(x, target)))
+
+
+def _no_model(x: Float[Array, "*shape"]) -> Float[Array, " classes"]:
+    raise AssertionError("a function of image and class has its model inside")
 
 
 class _WholeState(NamedTuple):
@@ -216,20 +226,22 @@ class _WholeState(NamedTuple):
     done: Bool[Array, ""]
 
 
-@jax.tree_util.register_static
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Whole:
-    """The method of a function `(x, target) -> AttackResult`, which stands in the model's place."""
+    """The method of a function `(x, target) -> AttackResult`: one step, which is all of it."""
+
+    fn: Function
 
     def init(
         self, attack: Attack, x: Float[Array, "*shape"], target: Int[Array, ""]
     ) -> _WholeState:
-        shapes = jax.eval_shape(attack.logits_fn, x, target)
+        shapes = jax.eval_shape(self.fn, x, target)
         result = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return _WholeState(x, target, result, jnp.bool_(False))
 
     def step(self, attack: Attack, state: _WholeState) -> _WholeState:
-        new = attack.logits_fn(state.x, state.target)
+        new = self.fn(state.x, state.target)
         result = jax.tree.map(lambda a, b: jnp.where(state.done, a, b), state.result, new)
         # The image changes, as XLA would take the attack out of a loop in which nothing does, and
         # run it at every turn; and to one that takes no time if the lane is stepped again.
