@@ -43,7 +43,7 @@ _MAX_IDLE = 5  # accepted steps in a row that gain no more than rounding
 class _Memory(NamedTuple):
     """Pairs of steps and gradient changes, in a ring: the k-th ever is in slot k modulo memory."""
 
-    history: Float[Array, "2*memory size"]
+    history: Float[Array, "rows size"]
     """The steps, one a row, and below them the gradient changes."""
     exponents: Int[Array, " memory"]
     """Each row is scaled by a power of two to a largest entry about 1, so that no inner product of
@@ -245,8 +245,8 @@ def _direction(
 
 
 def _inner_products(
-    history: Float[Array, "2*memory n"], grad: Float[Array, " n"], free: Bool[Array, " n"]
-) -> Float[Array, "memory+1 2*memory"]:
+    history: Float[Array, "rows n"], grad: Float[Array, " n"], free: Bool[Array, " n"]
+) -> Float[Array, "vectors rows"]:
     """Those of the gradient changes and of the gradient with all rows, over the free coordinates.
 
     With one factor of each product cut to the free coordinates, the other may stay as it is.
@@ -292,11 +292,11 @@ def _inner_products(
 
 
 def _two_loop_recursion(
-    products: Float[Array, "memory+1 2*memory"],
+    products: Float[Array, "vectors rows"],
     usable: Bool[Array, " memory"],
     scales: Float[Array, " memory"],
     identity: Float[Array, ""],
-) -> tuple[Float[Array, " 2*memory"], Float[Array, ""]]:
+) -> tuple[Float[Array, " rows"], Float[Array, ""]]:
     """The inverse Hessian times the gradient g, as coefficients of the pairs and of g.
 
     Nocedal and Wright (2006), algorithm 7.4: either of its loops solves a triangular system, which
