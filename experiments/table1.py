@@ -134,6 +134,7 @@ def claims(content: Content) -> list[Claim]:
         - 1
         for name in linear
     ]
+    *some_excess, last_excess = (markdown.percent(one, 1) for one in excess)
     return [
         Claim(
             "Every network has adversarial examples close to nearly every image",
@@ -153,7 +154,7 @@ def claims(content: Content) -> list[Claim]:
             "The penalised attack is exact where the loss is convex",
             "stated",
             "on the linear networks `minimum_norm` finds nearer images of the same classes: "
-            "`lbfgs` is " + ", ".join(f"{markdown.percent(one, 1)}" for one in excess) + " above",
+            f"`lbfgs` is {', '.join(some_excess)} and {last_excess} above",
             "does not hold" if max(excess) > 0.005 else "holds",
         ),
     ]
