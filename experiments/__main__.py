@@ -35,6 +35,7 @@ EXPERIMENTS = (
     "lipschitz",
     "benchmark",
     "throughput",
+    "solvers",
 )
 
 
