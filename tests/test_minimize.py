@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import itertools
+import re
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -358,6 +360,22 @@ def test_the_result_has_the_precision_of_x0():
             )
             assert result.x.dtype == result.value.dtype == result.grad.dtype == dtype
             np.testing.assert_allclose(result.x, wide, atol=1e-5)
+
+
+def test_half_precision_variables_are_optimised_in_float32():
+    x0 = jnp.zeros(3, jnp.bfloat16)
+    result = solvers.minimize(lambda x: jnp.sum((x.astype(jnp.float32) - 0.3) ** 2), x0)
+    assert result.x.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(result.x, np.float32), 0.3, atol=2e-3)
+
+
+def test_the_snippets_of_the_documentation_run():
+    page = (Path(__file__).parents[1] / "docs" / "minimize.md").read_text(encoding="utf-8")
+    namespace: dict = {}
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(snippet, "docs/minimize.md", "exec"), namespace)
+    assert namespace["result"].success
+    assert namespace["many"].success.all()
 
 
 # Variables, bounds and further arguments

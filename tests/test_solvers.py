@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from advjax import data, losses, models, solvers, training
 from advjax.solvers import Status
-from advjax.solvers.lbfgsb import _direction, _remember
+from advjax.solvers.lbfgsb import _LARGE, _direction, _inner_products, _remember
 from advjax.types import Box
 from tests.problems import (
     PROBLEMS,
@@ -186,6 +186,16 @@ def test_the_direction_is_the_textbooks_at_every_fill_of_the_memory(memory):
                 )
             pairs.append((step := rng.normal(size=n), matrix @ step))
             history = _remember(history, *pairs[-1], keep=True, forget=False)
+
+
+@pytest.mark.parametrize("n", [30, _LARGE + 37])
+def test_inner_products_are_those_over_the_free_coordinates_however_many(n):
+    rng = np.random.default_rng(0)
+    history, grad, free = rng.normal(size=(6, n)), rng.normal(size=n), rng.uniform(size=n) < 0.7
+    with jax.enable_x64(True):
+        found = jax.jit(_inner_products)(history, grad, free)
+    expected = np.stack([*history[3:], grad])[:, free] @ history[:, free].T
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def no_objective(x):

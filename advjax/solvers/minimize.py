@@ -179,17 +179,17 @@ def _prepare(
     fun: Callable, layout: variables.Layout, x0: PyTree, args: tuple, has_aux: bool, solver: Solver
 ) -> tuple[_Problem, _Data]:
     """The problem, and its data as far as they are those of `fun`."""
+
+    def call(x, *args):  # a function of its own, since `fun` may not be hashable
+        return fun(x, *args)
+
     if has_aux:
-        out = jax.eval_shape(lambda x, args: fun(x, *args), x0, tuple(args))
+        out = jax.eval_shape(call, x0, *args)
         if not isinstance(out, tuple) or len(out) != 2:
             raise ValueError(f"fun: returns {type(out).__name__}, expected (value, aux).")
-
-    def value(x, *args):
-        return fun(x, *args)[0] if has_aux else fun(x, *args)
-
-    checks.scalar("fun", value, x0, *args)
+    checks.scalar("fun", lambda *all_: call(*all_)[0] if has_aux else call(*all_), x0, *args)
     # What fun closes over and is being differentiated becomes an argument.
-    converted, hoisted = jax.closure_convert(fun, x0, *args)
+    converted, hoisted = jax.closure_convert(call, x0, *args)
     if hoisted:
         static, arrays = callables.split(_Hoisted(converted))
         arrays = [*arrays, *hoisted]

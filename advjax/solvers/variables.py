@@ -22,8 +22,8 @@ class Layout(NamedTuple):
 
     @property
     def dtype(self) -> Any:
-        """That of the vector."""
-        return jnp.result_type(*self.dtypes)
+        """That of the vector: float32 at least, whatever the variables are rounded to."""
+        return jnp.result_type(*self.dtypes, jnp.float32)
 
     def flatten(self, tree: PyTree[Array], *, batched: bool = False) -> Float[Array, "*batch n"]:
         """Lay a pytree of this structure into a vector, or a batch of them into as many."""
