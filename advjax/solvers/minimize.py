@@ -24,7 +24,8 @@ from advjax.solvers.base import (
 from advjax.solvers.lbfgsb import lbfgsb
 from advjax.types import Box
 
-_SMALL_IN_A_ROW = 2  # one small decrease may be that of a step cut short
+_FADED = 1e-4  # of the largest gradient, below which the reference does not fall
+_SMALL_IN_A_ROW = 5  # a few small decreases may be those of steps cut short, or of a long valley
 _NARROWER = 8  # by what the number of lanes is divided when so few problems are left
 
 
@@ -52,6 +53,7 @@ class _Data(NamedTuple):
 class _Progress(NamedTuple):
     state: SolverState
     largest: Float[Array, ""]  # gradient met so far
+    reference: Float[Array, ""]  # gradient, which forgets the largest one with the iterations
     small: Int[Array, ""]  # decreases in a row
     iterations: Int[Array, ""]
 
@@ -88,10 +90,11 @@ def minimize(
         args: Further arguments of `fun`, pytrees of arrays.
         has_aux: Whether `fun` returns a pair.
         solver: The minimiser, ours by default; `solvers.jaxopt_lbfgsb()` and your own work alike.
-        tol: It has converged where the projected gradient has become this small beside the largest
-            gradient on the way: `||clip(x - grad / largest) - x||_2 <= tol`. By default 1e-8, or
+        tol: It has converged where the projected gradient has become this small beside those on the
+            way: `||clip(x - grad / reference) - x||_2 <= tol`. The reference is the largest
+            gradient met, halved with each iteration, down to a ten-thousandth. By default 1e-8, or
             the resolution of the numbers where that is coarser: 1.2e-7 in float32.
-        ftol: It ends where two iterations in a row lower the value by no more than this part of it.
+        ftol: It ends where five iterations in a row lower the value by no more than this part of it.
             By default four times the resolution of the numbers.
         max_evals: The most evaluations of value and gradient.
 
@@ -252,7 +255,8 @@ def _begin(problem: _Problem, data: _Data) -> _Progress:
         x=jnp.where(feasible, state.x, data.start),
         status=jnp.where(feasible, state.status, Status.EMPTY_BOX),
     )
-    return _Progress(state, jnp.zeros((), data.start.dtype), jnp.int32(0), jnp.int32(0))
+    zero = jnp.zeros((), data.start.dtype)
+    return _Progress(state, zero, zero, jnp.int32(0), jnp.int32(0))
 
 
 def _running(data: _Data, progress: _Progress) -> Array:
@@ -265,10 +269,14 @@ def _advance(problem: _Problem, data: _Data, progress: _Progress) -> _Progress:
     state = problem.solver.step(_value_and_grad(problem, data), old, data.box)
     scaled, exponent = scale(state.grad)
     largest = jnp.maximum(progress.largest, jnp.ldexp(jnp.linalg.norm(scaled), exponent))
-    unit = jnp.where(largest > 0, largest, 1)
+    moved = old.evaluated & jnp.any(state.x != old.x)
+    # A start far out in a steep valley must not set the scale of the gradients in its bottom.
+    faded = jnp.where(moved, progress.reference / 2, progress.reference)
+    reference = jnp.maximum(faded, _FADED * largest)
+    reference = jnp.where(progress.iterations == 0, largest, reference)
+    unit = jnp.where(reference > 0, reference, 1)
     error = projected_gradient_norm(state.x, state.grad / unit, data.box)
 
-    moved = old.evaluated & jnp.any(state.x != old.x)
     size = jnp.maximum(jnp.abs(old.value), jnp.abs(state.value))
     is_small = old.value - state.value <= data.ftol * size
     small = jnp.where(moved, jnp.where(is_small, progress.small + 1, 0), progress.small)
@@ -277,7 +285,9 @@ def _advance(problem: _Problem, data: _Data, progress: _Progress) -> _Progress:
         [jnp.int32(Status.CONVERGED), jnp.int32(Status.SMALL_DECREASE)],
         state.status,
     )
-    return _Progress(state._replace(status=status), largest, small, progress.iterations + moved)
+    return _Progress(
+        state._replace(status=status), largest, reference, small, progress.iterations + moved
+    )
 
 
 def _finish(progress: _Progress) -> SolverResult:
