@@ -94,7 +94,7 @@ def minimize(
             way: `||clip(x - grad / reference) - x||_2 <= tol`. The reference is the largest
             gradient met, halved with each iteration, down to a ten-thousandth. By default 1e-8, or
             the resolution of the numbers where that is coarser: 1.2e-7 in float32.
-        ftol: It ends where five iterations in a row lower the value by no more than this part of it.
+        ftol: It ends where five iterations in a row lower the value by no more than this fraction.
             By default four times the resolution of the numbers.
         max_evals: The most evaluations of value and gradient.
 
