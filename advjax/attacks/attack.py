@@ -90,7 +90,7 @@ class Attack:
         """
         x = checks.floating("x", x)
         checks.inside("x", x, self.box)
-        if jax.config.jax_debug_nans:
+        if jax.config.jax_debug_nans:  # type: ignore[attr-defined]
             self.logits_fn(x)  # one operation at a time, to name the one that gives a NaN
         result, probabilities = sharding.automatic(_hoist_and_run)(self, x, target)
         _warn_of_probabilities(probabilities)

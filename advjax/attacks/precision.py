@@ -43,5 +43,5 @@ def resolution(dtype: Any) -> float:
 
 def _chosen() -> str | None:
     """The user's `jax_default_matmul_precision`."""
-    chosen = jax.config.jax_default_matmul_precision
+    chosen = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return None if chosen in (None, "default") else str(chosen)
