@@ -63,7 +63,7 @@ def test_three_of_the_papers_steps_do_not_hold(content):
     product, stride, pooling, weights = table5.claims(content)
     assert product.verdict == "holds"
     assert [stride.verdict, pooling.verdict] == 2 * ["does not hold"]
-    assert "2 times as far" in pooling.ours
+    assert "2 times as much" in pooling.ours
     assert weights.verdict == "cannot be tested here"
 
 
