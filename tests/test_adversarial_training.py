@@ -100,7 +100,7 @@ def test_an_adversarial_example_is_taken_for_another_class_and_stays_in_the_box(
 def test_an_example_stays_as_it_is_where_the_attack_fails(epsilon, moves):
     step = functools.partial(attacks.fgsm, epsilon=epsilon, targeted=True)
     x = jnp.array([0.6, 0.4])
-    moved = training.adversarial(KEY, lambda x: x, x, jnp.int32(0), attack=step)
+    moved = training.adversarial(KEY, lambda x: 2 * x, x, jnp.int32(0), attack=step)
     np.testing.assert_allclose(moved, [0.4, 0.6] if moves else x, rtol=1e-6)
 
 
