@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 import advjax
 from tests.test_imports import OPTIONAL
-from tests.test_readme import SNIPPETS
+from tests.test_documentation import SNIPPETS
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
