@@ -15,8 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import advjax
+from tests.test_documentation import README, snippets
 from tests.test_imports import OPTIONAL
-from tests.test_documentation import SNIPPETS
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -100,7 +100,7 @@ def test_the_readme_s_first_example_runs_from_the_wheel_without_the_extras(wheel
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
 
     where = "import advjax; print(advjax.__version__, advjax.__file__)"
-    code = WITHOUT_EXTRAS + SNIPPETS[0] + where
+    code = WITHOUT_EXTRAS + snippets(README)[0] + where
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     success, version_and_place = subprocess.run(
         [python, "-c", code],
