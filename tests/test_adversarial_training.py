@@ -51,11 +51,11 @@ def mark(key, logits_fn, x, label):
     return jnp.full_like(x, 10) + label
 
 
-# --- nets from a layer on --------------------------------------------------------------------
+# --- networks from a layer on ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["hidden1", "hidden2"])
-def test_a_net_from_a_layer_on_gives_that_layers_output_the_same_logits(name):
+def test_a_network_from_a_layer_on_gives_that_layers_output_the_same_logits(name):
     params, x = trained(), data()[0][0]
     outputs = MODEL.apply(params, x, method="layers")
     above = MODEL.apply(params, outputs[name], after=name, method="layers")
@@ -67,7 +67,7 @@ def test_a_net_from_a_layer_on_gives_that_layers_output_the_same_logits(name):
     np.testing.assert_array_equal(MODEL.apply(params, outputs[name], after=name), above["logits"])
 
 
-def test_a_net_from_a_layer_on_depends_on_no_parameter_below():
+def test_a_network_from_a_layer_on_depends_on_no_parameter_below():
     params = trained()
     gradient = jax.grad(lambda p: jnp.sum(MODEL.apply(p, jnp.ones(4), after="hidden2") ** 2))(
         params
@@ -100,7 +100,7 @@ def test_an_adversarial_example_is_taken_for_another_class_and_stays_in_the_box(
 def test_an_example_stays_as_it_is_where_the_attack_fails(epsilon, moves):
     step = functools.partial(attacks.fgsm, epsilon=epsilon, targeted=True)
     x = jnp.array([0.6, 0.4])
-    moved = training.adversarial(KEY, lambda x: x, x, jnp.int32(0), attack=step)
+    moved = training.adversarial(KEY, lambda x: 2 * x, x, jnp.int32(0), attack=step)
     np.testing.assert_allclose(moved, [0.4, 0.6] if moves else x, rtol=1e-6)
 
 
@@ -185,7 +185,7 @@ def test_pools_take_turns_and_train_the_layers_above_alone():
     assert min(touched.count(place) for place in from_each_place) >= 8
 
 
-def test_an_update_replaces_a_part_of_every_pool_by_distorted_outputs_of_the_net_as_it_is():
+def test_an_update_replaces_a_part_of_every_pool_by_distorted_outputs_of_the_current_network():
     images, labels = data()
 
     def distort(key, logits_fn, x, label):
@@ -300,7 +300,7 @@ def draw(apply, n, **options):
 
 
 @pytest.mark.parametrize("batch_size", [1, 10])
-def test_a_stochastic_net_gets_another_key_for_each_image_and_for_each_step(batch_size):
+def test_a_stochastic_network_gets_a_new_key_for_each_image_and_for_each_step(batch_size):
     result = draw(
         lambda params, x, key: jnp.vdot(params, x) * jax.random.uniform(key),
         10,
@@ -312,7 +312,7 @@ def test_a_stochastic_net_gets_another_key_for_each_image_and_for_each_step(batc
     assert len(np.unique(drawn)) == 10
 
 
-def test_a_stochastic_net_gets_another_key_in_each_epoch():
+def test_a_stochastic_network_gets_a_new_key_in_each_epoch():
     result = draw(
         lambda params, x, key: 0 * jnp.vdot(params, x) + jax.random.uniform(key),
         1,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advjax import attacks, losses, metrics, solvers
+from advjax import Box, attacks, losses, metrics, solvers
 from experiments.common.peers import scipy_lbfgs
 from tests.oracles import nearest_in_half_spaces, rms
 
@@ -102,7 +102,7 @@ def test_the_multiplier_of_lbfgs_is_the_c_that_its_point_minimises(fc100):
         loss = losses.cross_entropy(fc100.logits_fn(x_adv), target)
         return result.multiplier * losses.squared_l2(x_adv - x) + loss
 
-    best = solvers.minimize(objective, x, max_evals=500)
+    best = solvers.minimize(objective, x, box=Box(), max_evals=500)
     np.testing.assert_allclose(objective(result.x_adv), best.value, rtol=1e-4)
     np.testing.assert_allclose(result.distortion, metrics.distortion(x, best.x), rtol=5e-3)
 

@@ -328,7 +328,7 @@ def test_a_constant_added_to_all_logits_changes_little(attack, constant):
     assert int(result.status) == Status.CONVERGED
     assert bool(result.success)
     # A logit of 1e4 is rounded to 1e-3 in float32, of a spread of about ten.
-    np.testing.assert_allclose(result.distortion, plain.distortion, rtol=5e-3)
+    np.testing.assert_allclose(result.distortion, plain.distortion, rtol=1e-2)
     np.testing.assert_allclose(result.multiplier, plain.multiplier, rtol=0.05)
     assert int(result.num_evals) <= 2 * int(plain.num_evals) + 25
 

@@ -125,7 +125,7 @@ def test_debug_nans_finds_none_in_an_attack_on_digits(attack, fc10):
 
 def test_debug_nans_finds_none_in_minimize():
     with jax.debug_nans(True):
-        result = solvers.minimize(lambda x: jnp.sum((x - 2) ** 4), jnp.zeros(3))
+        result = solvers.minimize(lambda x: jnp.sum((x - 2) ** 4), jnp.zeros(3), box=(0, 1))
     np.testing.assert_array_equal(result.x, 1)
 
 

@@ -31,7 +31,7 @@ def test_guarded_jaxopt_reaches_the_minimum_that_scipy_finds(name):
     problem = PROBLEMS[name]
     with jax.enable_x64(True):
         result = problem.solve(solver=solvers.jaxopt_lbfgsb())
-    assert result.status == Status.CONVERGED
+    assert result.success
     assert_in_box(result.x, problem.lower, problem.upper)
     assert result.value == pytest.approx(gold(name), rel=1e-9, abs=1e-9)
 
@@ -83,7 +83,7 @@ def test_jaxopt_leaves_the_box_and_misses_the_minimum_over_a_dead_pixel():
 
 def test_guarded_jaxopt_finds_the_minimum_beside_a_dead_pixel():
     solver = solvers.jaxopt_lbfgsb()
-    result = solvers.minimize(dead_pixel, DEAD_PIXEL_START, solver=solver)
+    result = solvers.minimize(dead_pixel, DEAD_PIXEL_START, box=Box(), solver=solver)
     assert_in_box(result.x, 0, 1)
     np.testing.assert_allclose(result.x, [1, 0.7, 0], atol=1e-5)
     assert result.num_evals < 30
@@ -150,6 +150,6 @@ def test_jaxopt_climbs_where_its_backtracking_fails():
 
 def test_guarded_jaxopt_descends_a_steep_objective():
     start = np.array([5e-4], np.float32)
-    result = solvers.minimize(steep, start, solver=solvers.jaxopt_lbfgsb())
+    result = solvers.minimize(steep, start, box=Box(), solver=solvers.jaxopt_lbfgsb())
     assert result.status == Status.CONVERGED
     np.testing.assert_allclose(result.x, 1e-3, atol=1e-6)

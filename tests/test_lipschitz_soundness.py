@@ -191,6 +191,15 @@ def test_factors_that_underflow_together_do_not_vanish():
     assert found(lambda s, x: x * s * s * s)(1e-30) > 0
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_bound_beyond_float32_is_infinite_without_a_warning():
+    found = lipschitz.bound(lambda x: x * np.float32(1e30) * np.float32(1e30), V)
+    assert np.isposinf(found.constant)
+    assert np.isposinf(found.layers[-1].gain)
+    pairs = lipschitz.pairwise(lambda x: jnp.tanh(x * np.float32(1e30) * np.float32(1e30)), V)
+    assert np.isposinf(pairs.constant[0, 1])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_that_underflow_together_do_not_vanish(method):
     kernel = 1e-20 * jnp.eye(4)
@@ -251,6 +260,30 @@ def test_rows_whose_carry_never_depends_on_the_input_are_independent():
         return jax.lax.scan(lambda c, row: (2 * c, c * row), 1.0, x)[1]
 
     assert constant(fn, V) == pytest.approx(8, rel=1e-5)
+
+
+@pytest.mark.parametrize("region", [{"box": (0, 1)}, {"box": (0, 1), "radius": 0.3}])
+def test_rows_of_a_loop_know_where_they_are(region):
+    def squares(x):
+        carry, rows = jax.lax.scan(lambda c, row: (c + row / 4, row * row), 0.0, x)
+        return jnp.append(rows, carry) ** 2
+
+    points = np.random.default_rng(0).uniform(0, 1, (500, 4))
+    if "radius" in region:
+        points = np.clip(V, 0, 1) + 0.15 * (2 * points - 1)
+        points = np.clip(points, 0, 1)
+    with jax.enable_x64(True):
+        slopes = np.linalg.norm(jax.vmap(jax.jacobian(squares))(points), 2, (1, 2))
+    assert slopes.max() <= constant(squares, V, **region) <= 9
+
+
+def test_a_loop_before_an_operation_without_a_bound_is_no_error_of_ours():
+    def fn(x):
+        _, rows = jax.lax.scan(lambda c, row: (row, c), jnp.zeros(()), x)
+        return rows * rows
+
+    with pytest.raises(lipschitz.NotLipschitzError, match="box"):
+        constant(fn, V)
 
 
 # Rules of one's own

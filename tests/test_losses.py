@@ -82,7 +82,7 @@ def test_the_gradient_of_l1_is_the_sign_of_each_entry():
     np.testing.assert_array_equal(jax.grad(losses.l1)(r), [[1, -1], [0, 1]])
 
 
-def test_the_gradient_of_linf_is_the_sign_of_the_largest_entry_shared_among_equal_ones():
+def test_the_gradient_of_linf_is_the_sign_of_the_largest_entry_divided_among_equal_ones():
     np.testing.assert_array_equal(jax.grad(losses.linf)(jnp.array([0.5, -2.0, 1.0])), [0, -1, 0])
     gradient = jax.grad(losses.linf)(jnp.array([2.0, -2.0, 1.0]))
     np.testing.assert_array_equal(gradient, [0.5, -0.5, 0])

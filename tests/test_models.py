@@ -221,27 +221,27 @@ def test_local_response_normalisation_divides_by_the_neighbouring_channels():
 
 def test_sparsity_is_the_relative_entropy_of_how_often_features_are_active_in_the_batch():
     codes = np.random.default_rng(0).uniform(size=(6, 4)).astype(np.float32)
-    share = codes.mean(0, dtype=float)
-    expected = np.sum(special.rel_entr(0.1, share) + special.rel_entr(0.9, 1 - share))
+    fraction = codes.mean(0, dtype=float)
+    expected = np.sum(special.rel_entr(0.1, fraction) + special.rel_entr(0.9, 1 - fraction))
     sparsity = functools.partial(training.sparsity, target=0.1)
     each = jax.vmap(sparsity, axis_name="batch")(codes)
     np.testing.assert_allclose(each, np.full(6, expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_sparsity_of_features_that_are_never_or_always_active_is_finite(share):
-    codes = jnp.full((2, 3), share)
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_sparsity_of_features_that_are_never_or_always_active_is_finite(fraction):
+    codes = jnp.full((2, 3), fraction)
     value, gradient = jax.value_and_grad(
         lambda codes: jnp.mean(jax.vmap(training.sparsity, axis_name="batch")(codes))
     )(codes)
-    nearest = abs(share - np.finfo(codes.dtype).eps)  # to a share without a finite entropy
+    nearest = abs(fraction - np.finfo(codes.dtype).eps)  # to a fraction without a finite entropy
     expected = np.sum(special.rel_entr([0.05, 0.95], [nearest, 1 - nearest]))
     assert float(value) == pytest.approx(3 * expected, rel=1e-3)
     assert value > 0.1
     assert jnp.isfinite(gradient).all()
 
 
-def test_a_loss_with_sparsity_trains_features_to_be_active_on_that_share():
+def test_a_loss_with_sparsity_trains_features_to_be_active_on_that_fraction():
     images = np.random.default_rng(0).uniform(size=(40, 3)).astype(np.float32)
     result = training.fit(
         jax.random.key(0),
@@ -255,12 +255,12 @@ def test_a_loss_with_sparsity_trains_features_to_be_active_on_that_share():
         batch_size=40,
         patience=60,
     )
-    share = special.expit(images + np.asarray(result.params)).mean(0)
-    np.testing.assert_allclose(share, np.full(3, 0.2), atol=0.01)
+    fraction = special.expit(images + np.asarray(result.params)).mean(0)
+    np.testing.assert_allclose(fraction, np.full(3, 0.2), atol=0.01)
 
 
-def test_a_share_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="target: 5, expected a share"):
+def test_a_target_that_is_not_a_fraction_is_refused():
+    with pytest.raises(ValueError, match="target: 5, expected a number above 0"):
         training.sparsity(jnp.ones(3), target=5)
 
 

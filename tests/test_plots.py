@@ -96,7 +96,7 @@ def test_the_text_stays_inside_the_figure():
     images, xs_adv = pair()
     classes = range(3)
     assert text_fits(plots.adversarial_grid(images, xs_adv, labels=classes, predictions=classes))
-    assert text_fits(plots.distorted_pairs([("(a) for a net\nRMS 0.1", images, xs_adv)]))
+    assert text_fits(plots.distorted_pairs([("(a) for a network\nRMS 0.1", images, xs_adv)]))
 
 
 def test_eight_digits_fit_a_page_of_a_thousand_pixels(tmp_path):

@@ -18,7 +18,9 @@ XS = RNG.uniform(size=(N, 3, 4)).astype(np.float32)
 XS_ADV = [(XS + scale * RNG.normal(size=XS.shape)).astype(np.float32) for scale in (0.1, 0.4)]
 LABELS = RNG.integers(CLASSES, size=N)
 KERNELS = [RNG.normal(size=(12, CLASSES)).astype(np.float32) for _ in range(3)]
-NETS = [functools.partial(lambda kernel, x: jnp.ravel(x) @ kernel, kernel) for kernel in KERNELS]
+NETWORKS = [
+    functools.partial(lambda kernel, x: jnp.ravel(x) @ kernel, kernel) for kernel in KERNELS
+]
 X, X_ADV = jnp.asarray(XS[0]), jnp.asarray(XS_ADV[0][0])
 KEY = jax.random.key(0)
 
@@ -31,8 +33,8 @@ def is_wrong(kernel, image, label):
 
 
 @pytest.mark.parametrize("batch_size", [7, 1000])
-def test_each_cell_counts_the_images_of_its_row_that_its_columns_net_gets_wrong(batch_size):
-    result = transfer.transfer_matrix(NETS, XS_ADV, LABELS, batch_size=batch_size)
+def test_each_cell_counts_the_images_of_its_row_that_its_columns_network_gets_wrong(batch_size):
+    result = transfer.transfer_matrix(NETWORKS, XS_ADV, LABELS, batch_size=batch_size)
     for row, images in enumerate(XS_ADV):
         for column, kernel in enumerate(KERNELS):
             wrong = sum(is_wrong(kernel, *pair) for pair in zip(images, LABELS, strict=True))
@@ -41,8 +43,8 @@ def test_each_cell_counts_the_images_of_its_row_that_its_columns_net_gets_wrong(
     np.testing.assert_array_equal(result.total, np.full((2, 3), N))
 
 
-def test_net_transfer_counts_only_what_the_columns_net_had_right():
-    result = transfer.transfer_matrix(NETS, XS_ADV, LABELS, xs=XS)
+def test_net_transfer_counts_only_what_the_columns_network_had_right():
+    result = transfer.transfer_matrix(NETWORKS, XS_ADV, LABELS, xs=XS)
     for row, images in enumerate(XS_ADV):
         for column, kernel in enumerate(KERNELS):
             had = [i for i in range(N) if not is_wrong(kernel, XS[i], LABELS[i])]
@@ -54,13 +56,13 @@ def test_net_transfer_counts_only_what_the_columns_net_had_right():
 
 
 def test_images_that_are_not_distorted_have_no_net_transfer():
-    result = transfer.transfer_matrix(NETS, [XS], LABELS, xs=XS)
+    result = transfer.transfer_matrix(NETWORKS, [XS], LABELS, xs=XS)
     np.testing.assert_array_equal(result.rate, 0)
 
 
-def test_a_net_that_had_nothing_right_has_no_rate_of_net_transfer():
+def test_a_network_that_had_nothing_right_has_no_rate_of_net_transfer():
     labels = np.argmin(XS.reshape(N, -1) @ KERNELS[0], axis=1)
-    result = transfer.transfer_matrix(NETS[:1], XS_ADV, labels, xs=XS)
+    result = transfer.transfer_matrix(NETWORKS[:1], XS_ADV, labels, xs=XS)
     np.testing.assert_array_equal(result.total, 0)
     np.testing.assert_array_equal(result.rate, np.nan)
     interval = transfer.wilson_interval(result.wrong, result.total)
@@ -68,8 +70,10 @@ def test_a_net_that_had_nothing_right_has_no_rate_of_net_transfer():
 
 
 def test_the_rows_may_be_one_array_and_the_matrix_under_jit():
-    eager = transfer.transfer_matrix(NETS, XS_ADV, LABELS)
-    jitted = jax.jit(functools.partial(transfer.transfer_matrix, NETS))(np.stack(XS_ADV), LABELS)
+    eager = transfer.transfer_matrix(NETWORKS, XS_ADV, LABELS)
+    jitted = jax.jit(functools.partial(transfer.transfer_matrix, NETWORKS))(
+        np.stack(XS_ADV), LABELS
+    )
     np.testing.assert_array_equal(eager.wrong, jitted.wrong)
 
 
@@ -93,7 +97,7 @@ def test_the_rows_may_be_one_array_and_the_matrix_under_jit():
     ],
 )
 def test_the_matrix_names_what_is_wrong_with_its_arguments(change, error, message):
-    arguments = {"logits_fns": NETS, "xs_adv": XS_ADV, "labels": LABELS} | change
+    arguments = {"logits_fns": NETWORKS, "xs_adv": XS_ADV, "labels": LABELS} | change
     with pytest.raises(error, match=message):
         transfer.transfer_matrix(**arguments)
 
@@ -253,7 +257,7 @@ def test_wilsons_interval_of_fifteen_in_256_is_the_papers():
     assert (round(100 * float(lower), 1), round(100 * float(upper), 1)) == (3.6, 9.4)
 
 
-def test_wilsons_interval_without_a_case_is_everything_and_of_no_share_is_nan():
+def test_wilsons_interval_without_a_case_is_everything_and_of_no_proportion_is_nan():
     lower, upper = transfer.wilson_interval(np.array([0, -1, 5]), np.array([0, 4, 4]))
     np.testing.assert_array_equal(lower, [0, np.nan, np.nan])
     np.testing.assert_array_equal(upper, [1, np.nan, np.nan])

@@ -146,7 +146,7 @@ def test_a_dimension_that_is_not_positive_is_named(d):
 SETS = np.stack([RNG.choice(N, 8, replace=False) for _ in range(20)])
 
 
-def test_label_purity_is_the_share_of_the_commonest_label():
+def test_label_purity_is_the_fraction_of_the_commonest_label():
     expected = [collections.Counter(LABELS[s].tolist()).most_common(1)[0][1] / 8 for s in SETS]
     np.testing.assert_allclose(units.label_purity(SETS, LABELS), expected)
 
@@ -164,7 +164,7 @@ def test_the_concept_auc_is_that_of_the_concept_that_does_best():
     np.testing.assert_allclose(units.concept_auc(SETS, degrees), expected, rtol=1e-6)
 
 
-def test_the_auc_of_a_concept_that_is_there_or_not_compares_two_shares():
+def test_the_auc_of_a_concept_that_is_there_or_not_compares_two_fractions():
     present = (LABELS == 1)[:, None]
     inside = present[SETS, 0].mean(1)
     outside = (present.sum() - present[SETS, 0].sum(1)) / (N - 8)

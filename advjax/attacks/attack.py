@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, sharding
+from advjax.attacks import precision
 from advjax.attacks.result import AttackResult
 from advjax.functions import Function
 from advjax.types import Box, LogitsFn
@@ -89,6 +90,8 @@ class Attack:
         """
         x = checks.floating("x", x)
         checks.inside("x", x, self.box)
+        if jax.config.jax_debug_nans:  # type: ignore[attr-defined]
+            self.logits_fn(x)  # one operation at a time, to name the one that gives a NaN
         result, probabilities = sharding.automatic(_hoist_and_run)(self, x, target)
         _warn_of_probabilities(probabilities)
         return result
@@ -114,10 +117,12 @@ class Attack:
         """Return the same attack, on images like `x` alone, with all arrays of the model as leaves.
 
         What the model closes over, as a lambda does over parameters, becomes an argument of the
-        compiled program too; `__call__` and the runner do this by themselves.
+        compiled program too, and on an accelerator its products are computed in full precision,
+        unless `jax_default_matmul_precision` is set. `__call__` and the runner do this themselves.
         """
         checks.logits(self.logits_fn, x)
-        return dataclasses.replace(self, logits_fn=Function(self.logits_fn).hoist(x))
+        with precision.full_unless_chosen():
+            return dataclasses.replace(self, logits_fn=Function(self.logits_fn).hoist(x))
 
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
         """Split into the three fields, each of which is a pytree."""

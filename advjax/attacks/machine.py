@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, metrics
+from advjax.attacks import precision
 from advjax.attacks.attack import Attack
 from advjax.attacks.ddn import Start
 from advjax.attacks.result import AttackResult, Status, admission, first_that_holds, is_untried
@@ -27,7 +28,6 @@ from advjax.types import Box, LogitsFn
 
 T = TypeVar("T")
 
-_RESOLUTION = 2e-5  # of the spread of the logits: what float32 keeps apart in any batch
 _ROUNDINGS = 4  # of the largest logit: what their own dtype keeps apart
 _FAR_BELOW = 30  # times as far below the largest logit as the target: a class that does not matter
 _OUT_OF_REACH = 1e3  # diameters of the box: a slope that needs as many leads nowhere
@@ -381,7 +381,7 @@ def _resolution(
     spread = jnp.max(below, initial=0, where=below <= _FAR_BELOW * reach)
     magnitude = jnp.maximum(jnp.abs(largest), jnp.abs(largest - aim))
     rounding = _ROUNDINGS * float(jnp.finfo(dtype).eps) * magnitude
-    resolution = jnp.maximum(_RESOLUTION * spread, rounding)
+    resolution = jnp.maximum(precision.resolution(dtype) * spread, rounding)
     return jnp.where(jnp.isfinite(resolution), resolution, 0)
 
 

@@ -181,10 +181,14 @@ class AugmentedLagrangian:
         square = 2 * view.size
         slack = jnp.abs(_constraints(params, view.logits, view.target))
         gap = jnp.sum(jnp.where(estimates > 0, estimates * slack, 0))
+        # The gradient is no more precise than the rounding of the logits lets it be.
+        total = jnp.sum(estimates)
+        steepness = jnp.linalg.norm(view.loss_grad) / jnp.where(total > 0, total, 1)
+        noise = params.penalty * view.resolution * steepness / 4
         finished = (
             view.reached
-            & (gap <= jnp.maximum(_GAP * square, view.resolution * jnp.sum(estimates)))
-            & (view.error <= self.tol * jnp.sqrt(square))
+            & (gap <= jnp.maximum(_GAP * square, view.resolution * total))
+            & (view.error <= jnp.maximum(self.tol * jnp.sqrt(square), noise))
         )
         params = params._replace(
             multipliers=estimates,

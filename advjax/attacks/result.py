@@ -73,13 +73,16 @@ class AttackResult(NamedTuple):
 def admission(
     x: Float[Array, "*shape"], label: Int[Array, ""], num_classes: int, box: Box
 ) -> Int[Array, ""]:
-    """Return `RUNNING`, or the `Status` of data that no attack can begin with.
+    """Tell whether an attack can begin with these data, for the `init` of a method.
 
     Args:
         x: The image.
         label: The class that is asked about.
         num_classes: The number of classes of the model.
         box: `(lower, upper)`, each broadcast to `x`.
+
+    Returns:
+        `Status.RUNNING`, or the status that says what is wrong.
     """
     lower, upper = map(jnp.asarray, box)
     return first_that_holds(

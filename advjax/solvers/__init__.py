@@ -12,7 +12,7 @@ from advjax.solvers.base import (
 )
 from advjax.solvers.jaxopt import jaxopt_lbfgsb
 from advjax.solvers.lbfgsb import lbfgsb
-from advjax.solvers.minimize import minimize
+from advjax.solvers.minimize import minimize, minimize_many
 
 __all__ = [
     "Solver",
@@ -23,6 +23,7 @@ __all__ = [
     "jaxopt_lbfgsb",
     "lbfgsb",
     "minimize",
+    "minimize_many",
     "next_state",
     "projected_gradient_norm",
     "reevaluate",

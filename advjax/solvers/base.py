@@ -32,6 +32,8 @@ class Status(enum.IntEnum):
     """The evaluations ran out."""
     EMPTY_BOX = 5
     """A lower bound lies above its upper bound (or is NaN): no point is feasible."""
+    SMALL_DECREASE = 6
+    """The value falls by no more than the caller's relative tolerance."""
 
 
 class SolverState(NamedTuple):
@@ -104,19 +106,25 @@ class SolverResult(NamedTuple):
     """The outcome of `minimize`.
 
     Attributes:
-        x: The best point found, in the box.
+        x: The best point found, in the box; a pytree like `x0`.
         value: The objective there.
-        grad: Its gradient there.
+        grad: Its gradient there, a pytree like `x0`.
+        aux: What else the objective returned there, `()` without `has_aux`.
         error: `||clip(x - grad) - x||_2`, 0 at a stationary point.
+        success: Whether a tolerance was met: the status is `CONVERGED` or `SMALL_DECREASE`.
         status: A `Status`.
+        num_iterations: How many steps were accepted.
         num_evals: How often value and gradient were evaluated, line search included.
     """
 
-    x: Float[Array, "*shape"]
+    x: PyTree[Float[Array, "..."]]
     value: Float[Array, ""]
-    grad: Float[Array, "*shape"]
+    grad: PyTree[Float[Array, "..."]]
+    aux: PyTree
     error: Float[Array, ""]
+    success: Bool[Array, ""]
     status: Int[Array, ""]
+    num_iterations: Int[Array, ""]
     num_evals: Int[Array, ""]
 
 

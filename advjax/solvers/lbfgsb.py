@@ -29,7 +29,13 @@ from advjax.types import Box
 _HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would multiply in half precision
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant (Nocedal and Wright, 2006, section 3.1)
 _SHRINK = (0.1, 0.5)  # by how much a rejected step may be shortened
+_FIRST_SHRINK = 1e-3  # by how much at most while there is no pair, and the first step is a guess
+_FIRST_LENGTH = 1.0  # of the first step, where the caller does not know the curvature
+_ROUNDING = 4.0  # of values, in units of their last digit
+_NEARER = 0.5  # a shorter projected gradient than this many times the least is a gain, too
 _GROWTH = 4.0  # of the step along a direction without positive curvature
+_BLOCK = 4096  # coordinates of the history that stay in a cache
+_LARGE = 16 * _BLOCK
 _MAX_REJECTIONS = 15  # in a row; then the history is dropped, then the solver gives up
 _MAX_IDLE = 5  # accepted steps in a row that gain no more than rounding
 
@@ -37,7 +43,7 @@ _MAX_IDLE = 5  # accepted steps in a row that gain no more than rounding
 class _Memory(NamedTuple):
     """Pairs of steps and gradient changes, in a ring: the k-th ever is in slot k modulo memory."""
 
-    history: Float[Array, "2*memory size"]
+    history: Float[Array, "rows size"]
     """The steps, one a row, and below them the gradient changes."""
     exponents: Int[Array, " memory"]
     """Each row is scaled by a power of two to a largest entry about 1, so that no inner product of
@@ -47,11 +53,15 @@ class _Memory(NamedTuple):
     """Of each pair: what the inner product of the two must exceed to be more than rounding."""
     num_pairs: Int[Array, ""]
     """How many there were since the last were forgotten."""
+    inverse_curvature: Float[Array, ""]
+    """`s.y / y.y` of the newest pair; 0 before the first."""
     first_step: Float[Array, ""] | None
     """The inverse curvature that the caller expects; None if it does not know."""
     step_size: Float[Array, ""]
     rejections: Int[Array, ""]
     idle: Int[Array, ""]
+    least_error: Float[Array, ""]
+    """Of the points since the value last gained more than rounding."""
 
 
 def lbfgsb(*, memory: int = 4) -> Solver:
@@ -85,41 +95,45 @@ def _make(memory: int) -> Solver:
             exponents=jnp.zeros(memory, jnp.int32),
             rounding=jnp.zeros(memory, x0.dtype),
             num_pairs=jnp.int32(0),
+            inverse_curvature=jnp.zeros((), x0.dtype),
             first_step=_checked(first_step, x0.dtype),
             step_size=jnp.ones((), x0.dtype),
             rejections=jnp.int32(0),
             idle=jnp.int32(0),
+            least_error=jnp.full((), jnp.inf, x0.dtype),
         )
         return initial_state(value_and_grad, x0, box, start)
 
     def step(value_and_grad: ValueAndGrad, state: SolverState, box: Box) -> SolverState:
-        old = state.memory
+        old, known = state.memory, state.evaluated
         idle = jnp.where(state.status == Status.RUNNING, old.idle, 0)
-        known = state.evaluated
         state = state._replace(grad=jnp.where(known, state.grad, 0))  # so that the trial is x
 
-        # A step that is to be longer is projected anew; a shorter one goes less far along the
-        # same segment, where the objective is as smooth as it is.
-        direction = _direction(state.x, state.grad, old, box)
+        # The trial lies on the projection arc: a shorter step is projected anew. Along the straight
+        # segment to the first projection a variable would creep towards its bound for ever.
+        def on_arc(direction):
+            return jnp.clip(state.x + old.step_size * direction, box.lower, box.upper)
 
-        def project(direction):
-            reach = jnp.maximum(old.step_size, 1) * direction
-            return jnp.clip(state.x + reach, box.lower, box.upper) - state.x
-
-        segment = project(direction)
-        descends = jnp.vdot(state.grad, segment) < 0
-        segment = jnp.where(descends, segment, project(_steepest(state.x, state.grad, old, box)))
-        trial = state.x + jnp.minimum(old.step_size, 1) * segment
-        trial = jnp.clip(trial, box.lower, box.upper)  # in spite of rounding
+        trial = on_arc(_direction(state.x, state.grad, old, box))
+        descends = jnp.vdot(state.grad, trial - state.x) < 0
+        trial = jnp.where(descends, trial, on_arc(_steepest(state.x, state.grad, old, box)))
         (value, aux), grad = value_and_grad(trial)
 
         moved, change = trial - state.x, grad - state.grad
-        slope = jnp.vdot(state.grad, moved)
+        slope, new_slope = jnp.vdot(state.grad, moved), jnp.vdot(grad, moved)
         decrease = state.value - value
-        rounding = jnp.where(known, 4 * jnp.finfo(value.dtype).eps * jnp.abs(state.value), 0)
+        digit = jnp.finfo(value.dtype).eps * jnp.abs(state.value)
+        rounding = jnp.where(known, _ROUNDING * digit, 0)
         finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
-        sufficient = decrease >= -_SUFFICIENT_DECREASE * jnp.minimum(slope, 0) - rounding
-        accepted = finite & (sufficient | ~known)
+        # Where rounding hides the decrease of the value, the gradients tell it better: the
+        # approximate Wolfe condition of Hager and Zhang (2005).
+        sufficient = -_SUFFICIENT_DECREASE * jnp.minimum(slope, 0)
+        by_gradients = -(slope + new_slope) / 2
+        accepted = finite & (
+            ~known
+            | (decrease >= sufficient + rounding)
+            | ((decrease >= -rounding) & (by_gradients >= sufficient))
+        )
 
         def choose(new, old):
             return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
@@ -127,11 +141,13 @@ def _make(memory: int) -> Solver:
         rejections = jnp.where(accepted, 0, old.rejections + 1)
         exhausted = rejections > _MAX_REJECTIONS
         pairs = _remember(old, moved, change, keep=accepted & known, forget=exhausted)
-        gained = (decrease > rounding) | ~known
-        idle = jnp.where(accepted, jnp.where(gained, 0, idle + 1), idle)
         x, grad = choose((trial, grad), (state.x, state.grad))
         evaluated = known | accepted
         error = jnp.where(evaluated, projected_gradient_norm(x, grad, box), jnp.inf)
+        gained = (decrease > rounding) | ~known
+        nearer = error < _NEARER * old.least_error
+        least_error = jnp.where(gained | nearer, error, old.least_error)
+        idle = jnp.where(accepted, jnp.where(gained | nearer, 0, idle + 1), idle)
 
         status = jnp.select(
             [~evaluated, (exhausted & (old.num_pairs == 0)) | (idle >= _MAX_IDLE)],
@@ -140,9 +156,9 @@ def _make(memory: int) -> Solver:
         )
         # Without positive curvature no pair tells the next step's length, so that it grows.
         one = jnp.ones_like(slope)
-        curved = ~known | (jnp.vdot(moved, change) > 0)
+        curved = ~known | (new_slope > slope)
         longer = jnp.where(curved, one, _GROWTH * old.step_size)
-        shorter = old.step_size * _shrinkage(-decrease, slope, finite)
+        shorter = old.step_size * _shrinkage(-decrease, slope, finite, first=old.num_pairs == 0)
         return SolverState(
             x=x,
             value=jnp.where(accepted, value, state.value),
@@ -156,6 +172,7 @@ def _make(memory: int) -> Solver:
                 step_size=jnp.select([exhausted, accepted], [one, longer], shorter),
                 rejections=jnp.where(exhausted, 0, rejections),
                 idle=idle,
+                least_error=least_error,
             ),
         )
 
@@ -177,19 +194,22 @@ def _free(x: Float[Array, "*shape"], grad: Float[Array, "*shape"], box: Box):
 def _steepest(
     x: Float[Array, "*shape"], grad: Float[Array, "*shape"], memory: _Memory, box: Box
 ) -> Float[Array, "*shape"]:
-    """The first step: as long as the caller says, or of length 1 on the free coordinates."""
+    """Minus the gradient on the free coordinates, times what is known of the inverse curvature."""
     scaled, exponent = scale(jnp.where(_free(x, grad, box), grad, 0))
-    return -_first_step(memory, scaled, exponent) * scaled
+    return -_inverse_curvature(memory, scaled, exponent) * scaled
 
 
-def _first_step(
+def _inverse_curvature(
     memory: _Memory, scaled_grad: Float[Array, "*shape"], exponent: Int[Array, ""]
 ) -> Float[Array, ""]:
-    """By what to multiply the scaled gradient of the free coordinates while there is no pair."""
-    if memory.first_step is not None:
-        return jnp.ldexp(memory.first_step, exponent)
-    length = jnp.linalg.norm(jnp.ravel(scaled_grad))
-    return 1 / jnp.where(length > 0, length, 1)
+    """By what to multiply the scaled gradient of the free coordinates."""
+    if memory.first_step is None:
+        length = jnp.linalg.norm(jnp.ravel(scaled_grad))
+        first = _FIRST_LENGTH / jnp.where(length > 0, length, 1)
+    else:
+        first = jnp.ldexp(memory.first_step, exponent)
+    known = memory.inverse_curvature > 0
+    return jnp.where(known, jnp.ldexp(memory.inverse_curvature, exponent), first)
 
 
 def _direction(
@@ -205,14 +225,7 @@ def _direction(
     scaled_grad, exponent = scale(jnp.where(free, grad, 0))
     flat_grad, flat_free = jnp.ravel(scaled_grad), jnp.ravel(free)
     size = len(memory.rounding)
-    # With one factor of each product cut to the free coordinates, the other may stay as it is. One
-    # product of matrices instead takes XLA's CPU backend twice as long, for shapes like these.
-    products = jnp.stack(
-        [
-            jnp.matmul(memory.history, jnp.where(flat_free, vector, 0), precision=_HIGHEST)
-            for vector in (*memory.history[size:], flat_grad)
-        ]
-    )
+    products = _inner_products(memory.history, flat_grad, flat_free)
 
     ages = jnp.arange(size)
     slots = (memory.num_pairs - 1 - ages) % size  # newest first
@@ -220,8 +233,8 @@ def _direction(
     products = products[jnp.append(slots, size)][:, rows]
     usable = (ages < memory.num_pairs) & (jnp.diagonal(products[:size]) > memory.rounding[slots])
     scales = jnp.ldexp(jnp.ones(size, x.dtype), memory.exponents[slots] + exponent)
-    first_step = _first_step(memory, scaled_grad, exponent)
-    of_pairs, of_grad = _two_loop_recursion(products, usable, scales, first_step)
+    identity = _inverse_curvature(memory, scaled_grad, exponent)
+    of_pairs, of_grad = _two_loop_recursion(products, usable, scales, identity)
 
     weights = jnp.zeros(2 * size, x.dtype).at[rows].set(of_pairs)
     r = jnp.matmul(weights, memory.history, precision=_HIGHEST) + of_grad * flat_grad
@@ -231,22 +244,70 @@ def _direction(
     return jnp.where(outwards, 0, -r)
 
 
+def _inner_products(
+    history: Float[Array, "rows n"], grad: Float[Array, " n"], free: Bool[Array, " n"]
+) -> Float[Array, "vectors rows"]:
+    """Those of the gradient changes and of the gradient with all rows, over the free coordinates.
+
+    With one factor of each product cut to the free coordinates, the other may stay as it is.
+    """
+    size = len(history) // 2
+
+    def at_once(history, grad, free):
+        rows = jnp.where(free, jnp.concatenate([history[size:], grad[None]]), 0)
+        return jnp.matmul(rows, history.T, precision=_HIGHEST)
+
+    def one_by_one(history, grad, free):
+        # One product of matrices takes XLA's CPU backend twice as long, for shapes like these.
+        vectors = (*history[size:], grad)
+        return jnp.stack(
+            [
+                jnp.matmul(history, jnp.where(free, vector, 0), precision=_HIGHEST)
+                for vector in vectors
+            ]
+        )
+
+    def in_blocks(history, grad, free):
+        # A history beyond the caches is read once instead of once for each row.
+        def add(i, total):
+            start = i * _BLOCK
+            some = (
+                jax.lax.dynamic_slice_in_dim(history, start, _BLOCK, axis=1),
+                jax.lax.dynamic_slice_in_dim(grad, start, _BLOCK),
+                jax.lax.dynamic_slice_in_dim(free, start, _BLOCK),
+            )
+            return total + at_once(*some)
+
+        blocks = len(grad) // _BLOCK
+        rest = at_once(*(array[..., blocks * _BLOCK :] for array in (history, grad, free)))
+        return jax.lax.fori_loop(0, blocks, add, rest)
+
+    return jax.lax.platform_dependent(
+        history,
+        grad,
+        free,
+        cpu=in_blocks if len(grad) >= _LARGE else one_by_one,
+        default=at_once,
+    )
+
+
 def _two_loop_recursion(
-    products: Float[Array, "memory+1 2*memory"],
+    products: Float[Array, "vectors rows"],
     usable: Bool[Array, " memory"],
     scales: Float[Array, " memory"],
-    first_step: Float[Array, ""],
-) -> tuple[Float[Array, " 2*memory"], Float[Array, ""]]:
+    identity: Float[Array, ""],
+) -> tuple[Float[Array, " rows"], Float[Array, ""]]:
     """The inverse Hessian times the gradient g, as coefficients of the pairs and of g.
 
-    Nocedal and Wright (2006), algorithm 7.4, on scalars, which XLA fuses.
+    Nocedal and Wright (2006), algorithm 7.4: either of its loops solves a triangular system, which
+    takes the same time to compile whatever the memory.
 
     Args:
         products: Of the gradient changes y and, in the last row, of g, with the steps s and then
             with the changes; newest first. Steps, changes and g are the scaled ones.
         usable: Whether to take a pair.
         scales: Of each pair: what the factors taken out of s, y and g multiply to, `s g / y`.
-        first_step: The inverse Hessian while there is no pair, times the identity.
+        identity: The inverse Hessian times the identity, if the newest pair is not usable.
 
     Returns:
         The coefficients of the steps, followed by those of the changes; that of g.
@@ -254,20 +315,23 @@ def _two_loop_recursion(
     size = len(usable)
     ys, yy = products[:size, :size], products[:size, size:]
     gs, gy = products[size, :size], products[size, size:]
-    rhos = jnp.where(usable, 1 / jnp.where(usable, jnp.diagonal(ys), 1), 0)
     newest = usable[0]
-    identity = jnp.where(newest, scales[0] * ys[0, 0] / jnp.where(newest, yy[0, 0], 1), first_step)
+    identity = jnp.where(newest, scales[0] * ys[0, 0] / jnp.where(newest, yy[0, 0], 1), identity)
 
-    alphas: list[Array] = []
-    for i in range(size):
-        q_s = gs[i] - sum(alphas[j] * ys[j, i] for j in range(i))
-        alphas.append(rhos[i] * q_s)
-    of_steps = [scales[i] * alphas[i] for i in range(size)]
-    for i in reversed(range(size)):
-        r_y = identity * (gy[i] - sum(alphas[j] * yy[j, i] for j in range(size)))
-        r_y += sum(of_steps[j] * ys[i, j] for j in range(i + 1, size))
-        of_steps[i] -= rhos[i] * r_y
-    return jnp.stack([*of_steps, *(-identity * alpha for alpha in alphas)]), identity
+    both = usable[:, None] & usable[None, :]
+    # Of the product of s_i with y_j, those where y_j is as new or newer.
+    triangle = jnp.where(both, jnp.tril(ys.T), jnp.diag((~usable).astype(ys.dtype)))
+
+    def solve(right, *, transpose):
+        right = jnp.where(usable, right, 0)[:, None]
+        return jax.lax.linalg.triangular_solve(
+            triangle, right, left_side=True, lower=True, transpose_a=transpose
+        )[:, 0]
+
+    alphas = solve(gs, transpose=False)
+    r_y = identity * (gy - jnp.matmul(yy, alphas, precision=_HIGHEST))
+    of_steps = solve(jnp.diagonal(ys) * scales * alphas - r_y, transpose=True)
+    return jnp.append(of_steps, -identity * alphas), identity
 
 
 def _remember(
@@ -280,23 +344,31 @@ def _remember(
 ) -> _Memory:
     """Put the pair in the oldest one's place if its curvature is positive; or forget them all."""
     (s, of_step), (y, of_change) = scale(jnp.ravel(step)), scale(jnp.ravel(grad_change))
-    keep = keep & (jnp.vdot(s, y) > 0)
+    s_y, y_y = jnp.vdot(s, y), jnp.vdot(y, y)
+    keep = keep & (s_y > 0)
+    inverse_curvature = jnp.ldexp(s_y / jnp.where(keep, y_y, 1), of_step - of_change)
     size = len(memory.rounding)
     slot = jnp.where(keep, memory.num_pairs % size, 2 * size)  # beyond the end: dropped
-    rounding = jnp.finfo(step.dtype).eps * jnp.linalg.norm(s) * jnp.linalg.norm(y)
+    rounding = jnp.finfo(step.dtype).eps * jnp.linalg.norm(s) * jnp.sqrt(y_y)
     return memory._replace(
         history=memory.history.at[slot].set(s, mode="drop").at[size + slot].set(y, mode="drop"),
         exponents=memory.exponents.at[slot].set(of_step - of_change, mode="drop"),
         rounding=memory.rounding.at[slot].set(rounding, mode="drop"),
+        inverse_curvature=jnp.where(keep, inverse_curvature, memory.inverse_curvature),
         num_pairs=jnp.where(forget, 0, memory.num_pairs + keep),
     )
 
 
 def _shrinkage(
-    increase: Float[Array, ""], slope: Float[Array, ""], finite: Bool[Array, ""]
+    increase: Float[Array, ""],
+    slope: Float[Array, ""],
+    finite: Bool[Array, ""],
+    *,
+    first: Bool[Array, ""],
 ) -> Float[Array, ""]:
     """The factor to the minimum of the parabola through both values and the slope, kept modest."""
     curvature = increase - slope
     usable = finite & (curvature > 0)
     factor = jnp.where(usable, -slope / (2 * jnp.where(usable, curvature, 1)), _SHRINK[0])
-    return jnp.clip(factor, *_SHRINK)
+    least = jnp.where(first & usable, _FIRST_SHRINK, _SHRINK[0])
+    return jnp.clip(factor, least, _SHRINK[1])

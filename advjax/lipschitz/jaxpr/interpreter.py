@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
+from advjax.lipschitz.jaxpr import intervals
 from advjax.lipschitz.jaxpr.rules import RULES, Rule, constant, function_rule
 from advjax.lipschitz.jaxpr.scaled import largest
-from advjax.lipschitz.jaxpr.values import Operation, Signal, concrete
+from advjax.lipschitz.jaxpr.values import Interval, Operation, Signal, concrete
 
 _CALLS = {  # primitives that only call a jaxpr, and the parameter that holds it
     "jit": "jaxpr",
@@ -140,9 +141,10 @@ def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
 
 def _row(x: Any, step: int) -> Any:
     if isinstance(x, Signal):
-        op = Operation("slice", (x,), {"step": step}, x.shape[1:])
+        op = Operation("row", (x,), {"step": step}, x.shape[1:])
         # Shared with the whole array, so that it is computed once.
-        return Signal(x.shape[1:], x.dtype, lambda: x.scaled, op, op, x.reason)
+        places = _enclosures(op)
+        return Signal(x.shape[1:], x.dtype, lambda: x.scaled, op, op, x.reason, *places)
     return x[step]
 
 
@@ -154,4 +156,11 @@ def _stacked(column: Sequence[Any], context: Context, *, apart: bool) -> Any:
     op = Operation("stack", tuple(column), {}, shape, context.label, context.source)
     reason = next((s.reason for s in signals if s.reason), "")
     scaled = largest([s.scaled for s in signals]) if apart else constant(op, RULES["stack"])
-    return Signal(shape, signals[0].dtype, scaled, op, op, reason)
+    return Signal(shape, signals[0].dtype, scaled, op, op, reason, *_enclosures(op))
+
+
+def _enclosures(op: Operation) -> tuple[Interval | None, Interval | None]:
+    """Bounds of the entries of a result: for all inputs in question, and at the example."""
+    inputs = [(x.interval, x.centre) if isinstance(x, Signal) else (x, x) for x in op.inputs]
+    interval, centre = (intervals.enclosure(op, list(x)) for x in zip(*inputs, strict=True))
+    return interval, centre

@@ -1,7 +1,7 @@
-"""Functions that are Lipschitz although the operations they are written with are not.
+"""Functions that are Lipschitz although the operations that they consist of are not.
 
-GELU multiplies two functions of its input, softmax divides by one. They are recognised by their
-last operation: from it back, what made each intermediate result is compared with the function.
+GELU multiplies two functions of its input; softmax divides by one. Each is recognised at its last
+operation, by comparing the operations before it with those of the function.
 """
 
 import functools
@@ -22,7 +22,7 @@ Found = tuple[Operation, float] | None
 
 
 def match(op: Operation, like: Any) -> Found:
-    """The function that an operation completes, as an operation, with its gain; or None."""
+    """Find the function that an operation completes: as an operation with its gain, or None."""
     complex_numbers = any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in op.signals)
     if complex_numbers or not jnp.issubdtype(like.dtype, jnp.floating):
         return None
@@ -73,7 +73,7 @@ def _elementwise(op: Operation, like: Any) -> Found:
 
 @functools.lru_cache(maxsize=1024)
 def _reference(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Signal, list[Signal]]:
-    """The function's result with what made it, and its arguments."""
+    """The function traced to signals: its result and its arguments."""
     function, scalars = _FUNCTIONS[name]
     closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype), *scalars)
     leaves = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars]
@@ -88,7 +88,7 @@ def _reference(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Signal, l
 
 
 def _unify(reference: Any, value: Any, bindings: dict[int, Any]) -> dict[int, Any] | None:
-    """The arguments for which the reference is made as the value is; None if there are none."""
+    """Match a value with a reference; the bindings of its arguments, or None without a match."""
     if not isinstance(reference, Signal):
         same = not isinstance(value, Signal) and concrete(value) and _equal(reference, value)
         return bindings if same else None
@@ -193,7 +193,7 @@ def _copies(op: Operation, y: Signal, axes: tuple[int, ...]) -> float:
 def _exponentials(
     log: Signal, dims: tuple[int, ...]
 ) -> tuple[Signal, tuple[int, ...], tuple[int, ...]] | None:
-    """The y and the axes of `log(sum(exp(y)))`, and where the axes that are left went."""
+    """The y and the axes of `log(sum(exp(y)))`, and the result's axes for those that remain."""
     if not log.made_by("log"):
         return None
     total, dims = _peeled(log.inputs[0], dims)
@@ -216,7 +216,7 @@ def _unshifted(y: Signal, axes: tuple[int, ...]) -> tuple[Signal, Signal | None]
 
 
 def _same(spread: Signal, shift: Signal, y: Signal, axes: tuple[int, ...], dims: tuple) -> bool:
-    """Whether a shift, broadcast along the axes, is that other one, broadcast like the sum."""
+    """Whether two broadcasts, along the axes and like the sum over them, are of the same shift."""
     (one, where), (other, there) = _peeled(spread), _peeled(shift)
     kept = [a for a in range(len(y.shape)) if a not in axes]
 
@@ -232,7 +232,7 @@ def _same(spread: Signal, shift: Signal, y: Signal, axes: tuple[int, ...], dims:
 
 
 def _peeled(signal: Signal, dims: tuple[int, ...] | None = None) -> tuple[Signal, tuple[int, ...]]:
-    """What a signal is a broadcast of, and to which of its axes that one's axes went."""
+    """The signal that another is a broadcast of, and the axes that its axes became."""
     dims = tuple(range(len(signal.shape))) if dims is None else dims
     while signal.made_by("broadcast_in_dim", "stop_gradient"):
         if signal.made_by("broadcast_in_dim"):
@@ -298,7 +298,7 @@ def _power(
 
 
 def _scalar(value: Any) -> float | None:
-    """The one number that a constant holds; None unless it is that."""
+    """The value of a constant whose entries are all the same; else None."""
     if isinstance(value, Signal) or not concrete(value) or not np.size(value):
         return None
     first = float(np.ravel(value)[0])
@@ -306,7 +306,7 @@ def _scalar(value: Any) -> float | None:
 
 
 def _windows(base: Signal, dims: tuple[int, ...], x: Signal) -> tuple[float, int] | None:
-    """The k of `k + a S(x^2)`, and how many windows of S share an entry."""
+    """The k of `k + a S(x^2)`, and the number of windows of S that share an entry."""
     k, sums = None, base
     while sums.made_by(*(("add",) if k is None else ("mul", "div"))) and len(sums.signals) == 1:
         reciprocal = sums.made_by("div") and not isinstance(sums.inputs[0], Signal)
@@ -327,7 +327,7 @@ def _windows(base: Signal, dims: tuple[int, ...], x: Signal) -> tuple[float, int
 def _with_scalar(
     signal: Signal, dims: tuple[int, ...]
 ) -> tuple[Signal, tuple[int, ...], float | None]:
-    """The one signal that another is made of, and the number that is its other operand."""
+    """The operand of a signal that depends on the input, and the number that is the other one."""
     (inner,) = signal.signals
     (other,) = (value for value in signal.inputs if value is not inner)
     return (*_peeled(inner, dims), _scalar(other))

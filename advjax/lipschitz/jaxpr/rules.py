@@ -1,4 +1,4 @@
-"""How each primitive acts on Lipschitz constants, and the table of them.
+"""The table of rules: how each primitive acts on Lipschitz constants.
 
 A rule takes an `Operation` and returns a constant, in L2, that holds for each of its results, or a
 list with one for each (or the error that tells why it has none). Where it returns the very constant
@@ -88,7 +88,7 @@ def register_rule(operation: str | Callable, rule: Rule) -> None:
 
 
 def function_rule(eqn: core.JaxprEqn) -> tuple[str, Rule] | None:
-    """The name and the rule of the registered function that an equation calls, if it does."""
+    """Find the name and the rule of the registered function that an equation calls, if any."""
     for function, rule in FUNCTION_RULES.items():
         name = function.__name__
         if eqn.params.get("name", name) == name and _calls(eqn, function):
@@ -97,7 +97,7 @@ def function_rule(eqn: core.JaxprEqn) -> tuple[str, Rule] | None:
 
 
 def _calls(eqn: core.JaxprEqn, function: Callable) -> bool:
-    """Whether an equation is what a function is traced to, for arrays like those it is applied to.
+    """Whether an equation is what tracing a function for the same operands gives.
 
     Names tell nothing: `vmap`, `grad` and closures all make other functions of the same name.
     """
@@ -188,7 +188,7 @@ def _same_program(one: core.Jaxpr, other: core.Jaxpr) -> bool:
 
 
 def constants(layer: Operation, rule: Rule, results: int = 1) -> list[Scaled | NotLipschitzError]:
-    """The constants of an operation's results by its rule, rounded up.
+    """Compute the constants of an operation's results by its rule, rounded up.
 
     The rules of this module see all constants divided by the same power of two, so that nothing
     that they compute underflows.
@@ -216,7 +216,7 @@ def constants(layer: Operation, rule: Rule, results: int = 1) -> list[Scaled | N
 
 
 def constant(layer: Operation, rule: Rule) -> Scaled:
-    """The constant of the one result of an operation by its rule, rounded up."""
+    """Compute the constant of the one result of an operation by its rule, rounded up."""
     found = constants(layer, rule)[0]
     if isinstance(found, NotLipschitzError):
         raise found
@@ -224,13 +224,13 @@ def constant(layer: Operation, rule: Rule) -> Scaled:
 
 
 def homogeneous(rule: Rule) -> Rule:
-    """Mark a rule whose result is multiplied by a factor if all constants are."""
+    """Mark a rule as homogeneous: scaling all constants scales its result."""
     rule.homogeneous = True  # type: ignore[attr-defined]
     return rule
 
 
 def _only(op: Operation, allowed: slice = slice(1)) -> Signal:
-    """The one signal among the inputs, which must be among the allowed ones."""
+    """The one operand that depends on the input, which must be one of the allowed operands."""
     rest = op.signals
     if len(rest) != 1 or not any(x is rest[0] for x in op.inputs[allowed]):
         raise NotLipschitzError(
@@ -271,7 +271,7 @@ def _sum(op: Operation) -> Scalar:
 
 
 def _joint(op: Operation) -> Scalar:
-    """Results of which each entry is one of the inputs' entries, or 1-Lipschitz in them."""
+    """Each entry of the result is an entry of one operand, or 1-Lipschitz in all of them."""
     return _hypot(*(_spread(op, signal) for signal in op.signals))
 
 
@@ -318,7 +318,7 @@ def _largest_of(value: Any) -> Scalar:
 
 
 def _magnitude(signal: Signal, why: str) -> Scalar:
-    """The largest magnitude of the entries of a signal; an error if it is known to have none."""
+    """The largest magnitude of the entries of a signal; an error if that has no bound."""
     lower, upper = map(_largest, intervals.anywhere(signal))
     if isinstance(lower, float) and isinstance(upper, float):
         found: Scalar = max(lower, upper)
@@ -375,7 +375,7 @@ def _reduce_precision(op: Operation) -> Scalar:
 
 
 def _elementwise(op: Operation) -> Scalar:
-    """A function without a largest slope, where its input is known to lie."""
+    """A function of the table: its largest slope, anywhere or where its operand lies."""
     row = elementwise.row(op)
     signal = _only(op)
     assert row is not None
@@ -389,7 +389,7 @@ def _elementwise(op: Operation) -> Scalar:
 
 
 def _sort(op: Operation) -> list[Scalar | NotLipschitzError]:
-    """Sorting is 1-Lipschitz; where it puts anything else is not continuous in what it sorts."""
+    """Sorted keys are 1-Lipschitz; the order in which they put other operands jumps."""
     keys = op.inputs[: op.params["num_keys"]]
     if not any(isinstance(key, Signal) for key in keys):
         return [x.constant if isinstance(x, Signal) else 0.0 for x in op.inputs]
@@ -406,7 +406,7 @@ def _select(op: Operation) -> Scalar:
 
 
 def _transform(op: Operation) -> Scalar:
-    """A discrete Fourier transform; of half a spectrum each entry but two counts twice."""
+    """A discrete Fourier transform. All but two entries of half a spectrum count twice."""
     length = math.prod(op.params["fft_lengths"])
     kind = jax.lax.FftType(op.params["fft_type"]).name
     norms = {
@@ -421,7 +421,7 @@ def _transform(op: Operation) -> Scalar:
 
 
 def bilinear(op: Operation) -> Scalar:
-    """`X Y - X' Y' = X (Y - Y') + (X - X') Y'`, each factor by the length of its entries."""
+    """`X Y - X' Y' = X (Y - Y') + (X - X') Y'`, with the Frobenius norms of X and Y'."""
     if op.name != "dot_general":
         raise NotLipschitzError("the kernel depends on the input of the function", OWN_FUNCTION)
     _, batch = op.params["dimension_numbers"]
@@ -435,7 +435,7 @@ def bilinear(op: Operation) -> Scalar:
 
 @known_now
 def _length(interval: Interval, batched: tuple[int, ...]) -> Float[Array, ""]:
-    """The largest length of entries between bounds, of those at each place of some axes."""
+    """The largest L2 norm of entries in an interval, over the positions along the batched axes."""
     magnitudes = jnp.maximum(jnp.abs(interval.lower), jnp.abs(interval.upper))
     largest = jnp.max(magnitudes, initial=0)
     # Scaled, so that no square underflows or overflows.
@@ -446,7 +446,7 @@ def _length(interval: Interval, batched: tuple[int, ...]) -> Float[Array, ""]:
 
 
 def _windows(op: Operation) -> list[np.ndarray]:
-    """For each axis the matrix (positions, windows) of what each window covers."""
+    """For each axis the matrix (positions, windows) that marks what each window covers."""
     params = op.params
     return [
         _window(*axis)
@@ -474,14 +474,14 @@ def _window(size, window, stride, padding, base_dilation, dilation):
 
 
 def _max_pool(op: Operation) -> Scalar:
-    # A result moves by no more than the largest move in its window, and an entry is in so many.
+    # A result changes by at most the largest change in its window.
     overlap = math.prod(w.sum(1).max(initial=0) for w in _windows(op))
     constant = _only(op).constant
     return constant if overlap <= 1 else math.sqrt(overlap) * constant
 
 
 def _sum_pool(op: Operation) -> Scalar:
-    # The Kronecker product of the sums along each axis.
+    # The sum over windows is the Kronecker product of the sums along each axis.
     norm = math.prod(np.linalg.norm(w, 2) if w.size else 0.0 for w in _windows(op))
     return float(norm) * (1 + 1e-12) * _only(op).constant
 
@@ -493,7 +493,7 @@ def _cumsum(op: Operation) -> Scalar:
 
 
 def _gather(op: Operation) -> Scalar:
-    """As many copies of an entry as the indices ask for."""
+    """Every index makes a copy of an entry: the norm is the root of the most copies."""
     signal, *indices = op.inputs
     _only(op)
 

@@ -1,4 +1,4 @@
-"""Layers of a chain at the frequencies of a circle, on which a zero-padded convolution is cyclic.
+"""Layers of a chain in the frequency domain of cyclic grids that contain zero-padded convolutions.
 
 On circles that are large enough (`Axis.circle`) a chain of convolutions with zero padding is one of
 cyclic convolutions, if what lies outside of each layer's outputs is set to 0. That is the work of
@@ -37,7 +37,7 @@ Grid = tuple[int, ...]
 
 
 class Spectrum(NamedTuple):
-    """The matrices K of a layer, times `s^(-1/2)`: one alone for a dense layer behind another.
+    """The matrices K of a layer, times `s^(-1/2)`: one matrix for a dense layer after another.
 
     Attributes:
         values: For each frequency of the inputs.
@@ -51,7 +51,7 @@ class Spectrum(NamedTuple):
 
 
 def grids(layers: Sequence[Layer]) -> list[Grid]:
-    """The circles before the first layer and behind each; convolutions come before dense layers."""
+    """The circles before the first layer and after each; convolutions come before dense layers."""
     convolutions = [layer for layer in layers if isinstance(layer, Conv)]
     found: list[Grid] = [()] * (len(layers) + 1)
     if not convolutions:
@@ -67,7 +67,7 @@ def grids(layers: Sequence[Layer]) -> list[Grid]:
 
 
 def spectra(layers: Sequence[Layer]) -> list[Spectrum]:
-    """Each layer at the frequencies of its inputs; the kernels may be off by four roundings."""
+    """Transform each layer to the frequencies of its inputs, with room for four roundings."""
     shape: tuple[int, ...] = ()
     found = []
     for layer, (before, behind) in zip(layers, itertools.pairwise(grids(layers)), strict=True):
@@ -85,7 +85,7 @@ def spectra(layers: Sequence[Layer]) -> list[Spectrum]:
 
 
 def fold(matrices: Inexact[Array, "*grid dims units"], grid: Grid) -> Inexact[Array, "..."]:
-    """The matrices whose rows are those of all aliases, on the circle behind a layer.
+    """Stack the rows of all aliases: the matrices on the circle after a layer.
 
     Where that is none, the one matrix is real: it has the real parts and the imaginary ones as
     rows, which gives the same real combinations of rows the same length.
@@ -141,7 +141,7 @@ def _ungrouped(
 def over_frequencies(
     function: Callable[..., PyTree[Array]], *matrices: Inexact[Array, "*grid rows cols"]
 ) -> PyTree[Array]:
-    """A function of matrices at each frequency, of no more of them at once than fit in memory."""
+    """Apply a function to the matrices at each frequency, in batches that fit in memory."""
     grid = matrices[0].shape[:-2]
     if not grid:
         return function(*matrices)

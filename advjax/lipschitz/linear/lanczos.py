@@ -1,4 +1,4 @@
-"""Norms of linear functions estimated from below, by products with them and their transposes."""
+"""LOWER estimates of the norms of linear functions, from products with them and transposes."""
 
 import math
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class LanczosEstimate(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A singular value with its unit vectors, as far as they are known: `A right = value left`."""
+    """An approximate singular value with its unit vectors: `A right = value left`."""
 
     value: Float[Array, ""]
     left: Float[Array, "*out"]
@@ -185,7 +185,7 @@ def lanczos(
 def top_pair(
     linear_fn: LinearFn, like: Float[Array, "*shape"] | jax.ShapeDtypeStruct, *, num_steps: int = 30
 ) -> Pair:
-    """The largest singular value that Lanczos finds from a fixed start, with its vectors."""
+    """Find the largest singular value with its vectors by Lanczos, from a fixed start."""
     return _lanczos(linear_fn, like, jax.random.key(0), 1, num_steps)[0]
 
 
@@ -212,7 +212,7 @@ class _Operator(NamedTuple):
 def _both_sides(
     linear_fn: LinearFn, like: Any
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, LinearFn]:
-    """What goes in, what comes out, and the transpose; an error unless floating and linear."""
+    """The input's and output's shapes, and the transpose; an error unless floating and linear."""
     like = jax.ShapeDtypeStruct(like.shape, like.dtype)
     if not jnp.issubdtype(like.dtype, jnp.floating):
         raise TypeError(f"like: dtype {like.dtype}, expected a floating one such as float32.")

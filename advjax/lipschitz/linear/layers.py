@@ -346,7 +346,7 @@ def conv_norm(
 
 
 def _matrix_bound(layer: Conv) -> Float[Array, ""]:
-    """The bound of the matrix or its transpose; its entries are the kernel's, or 0."""
+    """Bound the norm of the matrix of the convolution, or of its transpose."""
     like = jax.ShapeDtypeStruct(layer.input_shape, layer.kernel.dtype)
     out = jax.eval_shape(layer.apply, like)
     side: Any = like
@@ -359,7 +359,7 @@ def _matrix_bound(layer: Conv) -> Float[Array, ""]:
 
 
 def _frequency_bound(layer: Conv) -> Float[Array, ""]:
-    """The largest norm over the frequencies of a cyclic convolution that contains this one.
+    """Bound the largest norm over the frequencies of a cyclic convolution that contains this one.
 
     Along an axis of stride s, tap t of the kernel reads for output o the input
     `s o + t dilation - low = s (o + q) + p` with a phase p in [0, s). So the convolution is one
@@ -400,7 +400,7 @@ def _frequency_bound(layer: Conv) -> Float[Array, ""]:
 
 
 def turns_of(circle: int, offsets: np.ndarray) -> Float[np.ndarray, "frequencies taps"]:
-    """The turn by which each frequency of a circle moves on over each offset, in [0, 1)."""
+    """The phase of each frequency of a circle at each offset, in turns, in [0, 1)."""
     # An exact integer before it is divided.
     return np.outer(np.arange(circle), offsets) % circle / circle
 

@@ -55,7 +55,7 @@ Slopes = Sequence[Float[ArrayLike, "*units"]]
 
 
 class ChainBound(NamedTuple):
-    """Lipschitz bounds, in L2, of what a chain of layers puts out.
+    """Lipschitz bounds, in L2, of the outputs of a chain of layers.
 
     Attributes:
         constant: Of all outputs together.
@@ -69,7 +69,7 @@ class ChainBound(NamedTuple):
 
 
 Method = Callable[[Layers, Slopes], ChainBound]
-"""How a chain is bounded: `product`, `eclipse`, `lipsdp`, or a function like them."""
+"""A bound for chains: `product`, `eclipse`, `lipsdp`, or a function like them."""
 
 
 def product(layers: Layers, slopes: Slopes) -> ChainBound:
@@ -186,7 +186,7 @@ def _certified(chain: Chain, multipliers: list["_Multipliers"]) -> ChainBound:
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "learning_rate"))
 def _descend(chain: Chain, *, num_steps: int, learning_rate: float) -> list["_Multipliers"]:
-    """The multipliers of the lowest constant on the way of Adam, which need not be trusted."""
+    """The multipliers of the lowest constant that Adam meets; they need not be trusted."""
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
     first, *rest = frequencies.spectra(chain)
     _, *grids = frequencies.grids(chain)
@@ -243,7 +243,7 @@ def _start(chain: Chain) -> list[_Multipliers]:
 
 
 def _first(spectrum: Spectrum, grid: Grid) -> _Reach:
-    """The differences that the first layer can put out."""
+    """The differences after the first layer."""
     one = jnp.ones((), spectrum.magnitudes.dtype)
     scale = power_of_two(spectrum.magnitudes)
     error = scale * spectrum.relative * magnitude_bound(spectrum.magnitudes / scale)
@@ -253,14 +253,14 @@ def _first(spectrum: Spectrum, grid: Grid) -> _Reach:
 def _reach(
     reach: _Reach, rest: list[Spectrum], grids: list[Grid], multipliers: list[_Multipliers]
 ) -> _Reach:
-    """The differences that the last layer can put out."""
+    """The differences after the last layer."""
     for spectrum, grid, multiplier in zip(rest, grids, multipliers, strict=True):
         reach = _follow(reach, multiplier, spectrum, grid)
     return reach
 
 
 def _scaled(reach: _Reach) -> _Reach:
-    """The same with entries of order 1."""
+    """Scale the matrix by a power of two to entries of order 1."""
     power = jax.lax.stop_gradient(power_of_two(reach.matrix))
     # A scale that underflows is rounded up: it stays a power of two.
     scale = jnp.maximum(reach.scale * power, jnp.finfo(reach.scale.dtype).tiny)
@@ -308,7 +308,7 @@ def _follow(reach: _Reach, multipliers: _Multipliers, spectrum: Spectrum, grid: 
 
 
 def _scaling_error(kernel: Float[Array, "*window in out"]) -> Float[Array, ""]:
-    """By how much rounding the products with the slopes may have changed a layer."""
+    """A bound of the norm of what rounding the products with the slopes adds to a layer."""
     magnitudes = jnp.sum(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 2)))
     scale = power_of_two(magnitudes)
     return scale * magnitude_bound(magnitudes / scale) * 2 * float(jnp.finfo(kernel.dtype).eps)
@@ -349,7 +349,7 @@ def _bounds(reach: _Reach) -> ChainBound:
 
 
 def _times(factor: Float[Array, ""], bounds: Float[Array, "*bounds"]) -> Float[Array, "*bounds"]:
-    """A product rounded up where it underflows, and infinite where it is not a number."""
+    """Multiply, rounding up what underflows; infinite where the product is not a number."""
     product = factor * bounds
     positive = (factor > 0) & (bounds > 0)
     product = jnp.where(positive, jnp.maximum(product, jnp.finfo(product.dtype).tiny), product)
@@ -396,7 +396,7 @@ def _misfit(kernels: Sequence[Float[Array, "*kernel"]]) -> ValueError:
 
 
 def _follows(before: Layer, layer: Layer) -> bool:
-    """Whether a layer takes what the one before it makes, as it is or flat."""
+    """Whether a layer takes the output of the one before it, as it is or flattened."""
     made = before.output_shape
     return layer.input_shape in (made, (math.prod(made),))
 

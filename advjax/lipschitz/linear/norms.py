@@ -12,13 +12,12 @@ from advjax.lipschitz.linear.rounding import power_of_two
 
 
 class NormBound(NamedTuple):
-    """An operator norm between two bounds.
+    """Bounds of an operator norm.
 
     Attributes:
-        lower: The length that some unit vector is given, found by the Lanczos method, right up to
-            rounding.
-        upper: What the norm does not exceed, rounding included; infinite if the kernel is not
-            finite.
+        lower: The length of the image of a unit vector that the Lanczos method found; a lower bound
+            up to rounding.
+        upper: A certified upper bound, rounding included; infinite if the kernel is not finite.
     """
 
     lower: Float[Array, ""]
@@ -26,7 +25,7 @@ class NormBound(NamedTuple):
 
 
 class LinearLayer(Protocol):
-    """What is asked of a layer: a pytree whose leaf is its kernel."""
+    """The interface of a layer: a pytree whose leaf is its kernel."""
 
     @property
     def kernel(self) -> Float[Array, "*kernel"]:
@@ -37,7 +36,7 @@ class LinearLayer(Protocol):
         """The shape of one input."""
 
     def apply(self, x: Float[Array, "*shape"]) -> Float[Array, "*out"]:
-        """The layer of one input."""
+        """Apply the layer to one input."""
 
     def certified(self) -> Float[Array, ""]:
         """An upper bound of the operator norm."""

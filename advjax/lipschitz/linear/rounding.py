@@ -1,4 +1,4 @@
-"""Bounds of what floating-point arithmetic adds, for norms that must hold rounding included.
+"""Error bounds of floating-point sums and products, for norms that must hold rounding included.
 
 A real inner product of k terms, in any order and with or without fused operations, errs by at most
 `gamma(k) = k u / (1 - k u)` times the product of the magnitudes, for u the unit roundoff (Higham,
@@ -53,7 +53,7 @@ def magnitude_bound(matrix: Inexact[Array, "rows cols"]) -> Float[Array, ""]:
 
 
 def product(a: Inexact[Array, "rows m"], b: Inexact[Array, "rows n"]) -> Inexact[Array, "m n"]:
-    """`a^H b`, the rows summed in blocks."""
+    """Compute `a^H b`, summing the rows in blocks."""
     blocks = -(-len(a) // _BLOCK)
     if blocks <= 1:
         return _product(a, b)
@@ -70,7 +70,7 @@ def product(a: Inexact[Array, "rows m"], b: Inexact[Array, "rows n"]) -> Inexact
 
 
 def rounding(a: Inexact[Array, "rows m"], b: Inexact[Array, "rows n"]) -> Float[Array, ""]:
-    """A bound of the norm of what `product` errs by, for entries of order 1."""
+    """A bound of the norm of the error of `product`, for entries of order 1."""
     terms = min(len(a), _BLOCK) + -(-len(a) // _BLOCK) + 1
     if jnp.iscomplexobj(a):
         terms *= 3
