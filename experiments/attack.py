@@ -1,4 +1,4 @@
-"""Attacks many images, and resumes if stopped (no figure; 1 min; MNIST or a sample).
+"""Attack many images, resume if stopped (no figure; 1 min; MNIST or a sample).
 
 The images that the network gets right are attacked with both attacks, each towards a fixed other
 class, on all devices. Finished images are saved as they come, so that the same command resumes

@@ -1,4 +1,4 @@
-"""Our attacks against others: gap, evaluations, time (figure; 2 min; MNIST or a sample).
+"""Our attacks against others: gap and time (figure; 2 min; MNIST or a sample).
 
 All methods attack the same images of the same network towards the same targets, in one run: our two
 attacks; the paper's attack with jaxopt's L-BFGS-B as the solver, guarded, in one batch and one

@@ -1,4 +1,4 @@
-"""The images farthest along units and directions (figures 1, 2; 3 min; MNIST or a sample).
+"""Images farthest along units and directions (figures 1, 2; 3 min; MNIST or a sample).
 
 The network is convolutional; the paper says no more about it. The features are those of its last
 hidden layer after the ReLU. For the first four units (figure 1) and the first four directions drawn

@@ -1,4 +1,4 @@
-"""Trains a network, attacks it and draws the result (figure 7; 1 min; MNIST or a sample).
+"""Train a network, attack it, draw the result (figure 7; 1 min; MNIST or a sample).
 
 100 test digits that FC100-100-10 gets right are attacked with both attacks, each towards a fixed
 other class. For comparison, Gaussian noise of the same size is added to them.

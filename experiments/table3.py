@@ -1,4 +1,4 @@
-"""Networks trained on disjoint halves of the images (table 3; 6 min; MNIST or a sample).
+"""Networks trained on disjoint halves (table 3; 6 min; MNIST or a sample).
 
 Each seed draws new halves P1 and P2. Two networks of different architectures are trained on P1, and
 the first architecture again on P2 (marked by a prime), from other initial parameters. Distortions

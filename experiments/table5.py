@@ -1,4 +1,4 @@
-"""Lipschitz bounds of each layer, including AlexNet's (table 5; 12 min; MNIST or a sample).
+"""Lipschitz bounds of the layers of networks (table 5; 12 min; MNIST or a sample).
 
 The paper prints a bound for each layer of a trained AlexNet and multiplies them. Three of its steps
 do not hold. The factor for a stride s is 1/s, not 1/s^2. Max-pooling with overlapping windows, as
