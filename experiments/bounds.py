@@ -17,12 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 from advjax import lipschitz
-from advjax.lipschitz.bound import linear_layers
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense
 from experiments import imagenet, nets, results, table5
 
 PARTS = ("expand", "depthwise", "project")
@@ -57,12 +53,12 @@ def main(
         bound, seconds = _bound(net, like)
         names = [_name(layer) for layer in bound.layers]
         print("Estimating the norms of its layers, and its slope, from below", flush=True)
-        linear = iter(linear_layers(net.logits_fn, like))
+        linear = iter(lipschitz.linear_layers(net.logits_fn, like))
         certified = functools.partial(lipschitz.certified_radius, constant=1.0)
         logits = jax.lax.map(net.logits_fn, jnp.asarray(chosen.images), batch_size=4)
         return {
             "layers": [
-                {"layer": name, "bound": float(layer.gain), "lanczos": _lanczos(*next(linear))}
+                {"layer": name, "bound": float(layer.gain), "lanczos": _lanczos(next(linear))}
                 for name, layer in zip(names, bound.layers, strict=True)
                 if _is_linear(layer)
             ],
@@ -113,17 +109,15 @@ def _is_linear(layer: lipschitz.Layer) -> bool:
     return layer.name.endswith(("conv_general_dilated", "dot_general"))
 
 
-def _lanczos(layer: Dense | Convolution, kernels: Array) -> float:
+def _lanczos(stack: lipschitz.Dense | lipschitz.Conv) -> float:
     """The norm of a layer, from below."""
-    (kernel,) = kernels
 
     @jax.jit
-    def estimate(kernel):
-        apply = functools.partial(layer.apply, kernel)
-        like = jax.ShapeDtypeStruct(layer.input_shape(kernel.shape), kernel.dtype)
-        return lipschitz.lanczos(apply, like, key=jax.random.key(0), num_starts=1).value
+    def estimate(layer):
+        like = jax.ShapeDtypeStruct(layer.input_shape, layer.kernel.dtype)
+        return lipschitz.lanczos(layer.apply, like, key=jax.random.key(0), num_starts=1).value
 
-    return float(estimate(kernel))
+    return float(estimate(jax.tree.map(lambda kernels: kernels[0], stack)))
 
 
 # --- words -----------------------------------------------------------------------------------

@@ -33,9 +33,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key, PyTree
 
 from advjax import lipschitz, models
-from advjax.lipschitz.bound import linear_layers
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense
+from advjax.lipschitz import Conv, Dense
 from experiments import nets, paper, results
 
 NETS = ("FC100-100-10", "ConvNet")
@@ -146,7 +144,7 @@ def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) ->
     """Each layer of a net in all readings, and the net as a whole."""
     print(f"{name}: bounding", flush=True)
     bound, seconds = _timed(lipschitz.bound, logits_fn, inputs[0])
-    linear = iter(linear_layers(logits_fn, inputs[0]))
+    linear = iter(lipschitz.linear_layers(logits_fn, inputs[0]))
     layers = []
     for layer in bound.layers:
         *modules, operation = layer.name.split("/")
@@ -155,7 +153,7 @@ def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) ->
             {
                 "layer": modules[-1] if is_linear else _WORDS.get(operation, operation),
                 "bound": float(layer.gain),
-                **(_readings(*next(linear)) if is_linear else {}),
+                **(_readings(next(linear)) if is_linear else {}),
             }
         )
     tighter = {
@@ -172,24 +170,22 @@ def _bounds(name: str, logits_fn: Callable, inputs: Float[Array, "n *shape"]) ->
     }
 
 
-def _readings(layer: Dense | Convolution, kernels: Float[Array, "1 *kernel"]) -> dict[str, Any]:
+def _readings(stack: Dense | Conv) -> dict[str, Any]:
     """The norm of a layer in each other way, how long each took, and the stride."""
-    (kernel,) = kernels
-    like = jax.ShapeDtypeStruct(layer.input_shape(kernel.shape), kernel.dtype)
+    layer = jax.tree.map(lambda kernels: kernels[0], stack)
+    like = jax.ShapeDtypeStruct(layer.input_shape, layer.kernel.dtype)
 
-    def estimate(method, kernel):
-        apply = functools.partial(layer.apply, kernel)
-        return method(apply, like, key=jax.random.key(0), num_starts=1).value
+    def estimate(method, layer):
+        return method(layer.apply, like, key=jax.random.key(0), num_starts=1).value
 
     found, seconds = {}, {}
     for name, method in (("power", lipschitz.power_iteration), ("lanczos", lipschitz.lanczos)):
-        compiled = jax.jit(functools.partial(estimate, method)).lower(kernel).compile()
-        found[name], seconds[name] = _timed(compiled, kernel)
-    found["unscaled"], seconds["numpy"] = _timed(unscaled_norm, layer, np.asarray(kernel))
+        compiled = jax.jit(functools.partial(estimate, method)).lower(layer).compile()
+        found[name], seconds[name] = _timed(compiled, layer)
+    found["unscaled"], seconds["numpy"] = _timed(unscaled_norm, layer)
     # Compiled already, for the bound of the net.
-    again = functools.partial(lipschitz.bound, functools.partial(layer.apply, kernel))
-    _, seconds["bound"] = _timed(again, like)
-    stride = layer.axes[0].stride if isinstance(layer, Convolution) else 1
+    _, seconds["bound"] = _timed(functools.partial(lipschitz.bound, layer.apply), like)
+    stride = layer.axes[0].stride if isinstance(layer, Conv) else 1
     values = {name: float(value) for name, value in found.items()}
     return {**values, "stride": stride, "seconds": seconds}
 
@@ -201,15 +197,12 @@ def _timed(fn: Callable, *args: Any) -> tuple[Any, float]:
     return found, time.perf_counter() - start
 
 
-def unscaled_norm(
-    layer: Dense | Convolution, kernel: Float[np.ndarray, "*window in out"]
-) -> Float[np.ndarray, ""]:
+def unscaled_norm(layer: Dense | Conv) -> Float[np.ndarray, ""]:
     """The paper's `sup |A(xi)|`, without its factor for the stride, by NumPy.
 
     Args:
         layer: A dense layer, or a convolution along two axes, taken as cyclic on the grid of its
             input, rounded up to a multiple of the stride.
-        kernel: Its kernel.
 
     Returns:
         The largest singular value of all A(xi), whose rows are the aliases of a frequency. Half of
@@ -217,6 +210,7 @@ def unscaled_norm(
 
     Source: Szegedy et al. (2013), section 4.3.
     """
+    kernel = np.asarray(layer.kernel)
     if isinstance(layer, Dense):
         return np.linalg.svd(kernel, compute_uv=False)[0]
     (rows, s), (columns, t) = ((-(-a.size // a.stride), a.stride) for a in layer.axes)

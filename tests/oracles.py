@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from advjax.lipschitz.convolution import Axis
+from advjax.lipschitz.linear.layers import Axis
 
 
 def nearest_in_half_spaces(x, target, kernel, bias):

@@ -57,6 +57,21 @@ def imports(path, *, at_import_time=False):
         nodes.extend(ast.iter_child_nodes(node))
 
 
+WINGS = {"linear": "jaxpr", "jaxpr": "linear"}  # of advjax.lipschitz, joined by bound.py
+CERTIFIED = {"rounding", "spectral_norm", "frequencies", "lipsdp", "layers"}
+
+
+@pytest.mark.parametrize("name", [n for n in ROOMED if n.startswith("advjax.lipschitz.")])
+def test_the_wings_of_lipschitz_import_neither_each_other_nor_what_is_above(name):
+    wing, _, module = name.removeprefix("advjax.lipschitz.").partition(".")
+    for imported in imports(ROOMED[name]):
+        other = imported.removeprefix("advjax.lipschitz.").split(".")[0]
+        if wing in WINGS and imported.startswith("advjax.lipschitz"):
+            assert other == wing, f"{name} imports {imported}"
+        if module in CERTIFIED:  # certified bounds take nothing from the estimates from below
+            assert not imported.endswith("lanczos"), f"{name} imports {imported}"
+
+
 def test_every_module_has_a_room():
     rooms = {name.split(".")[1] for name in ROOMED}
     assert rooms <= FLOOR.keys(), "add the new room to FLOORS, at its place"

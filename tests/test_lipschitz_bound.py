@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advjax import lipschitz, models
-from advjax.lipschitz.rules import RULES
+from advjax.lipschitz.jaxpr.rules import RULES
 
 X = jax.random.normal(jax.random.key(0), (6, 5))
 W = jax.random.normal(jax.random.key(1), (5, 4))

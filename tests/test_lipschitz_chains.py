@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advjax import lipschitz
-from advjax.lipschitz import chains, norms
+from advjax.lipschitz.linear import lipsdp
 
 METHODS = (lipschitz.product, lipschitz.eclipse, lipschitz.lipsdp)
 WIDTHS = (7, 8, 6, 5)
@@ -137,14 +137,14 @@ def test_every_choice_of_multipliers_is_certified(scale):
     kernels = [jnp.asarray(k) for k in draw(3)]
     rng = np.random.default_rng(0)
     multipliers = [
-        chains._Multipliers(
+        lipsdp._Multipliers(
             jnp.asarray(scale * rng.normal(size=k.shape[1]), jnp.float32),
             jnp.float32(scale * rng.normal()),
         )
         for k in kernels[:-1]
     ]
-    dense = (norms.Dense(),) * len(kernels)
-    found = chains._certified(dense, kernels, multipliers).constant
+    chain = tuple(map(lipschitz.Dense, kernels))
+    found = lipsdp._certified(chain, multipliers).constant
     exact = in_float64(kernels, multipliers)
     assert np.linalg.norm(steepest(kernels, (1.0, 1.0)), 2, (1, 2)).max() <= exact
     assert exact <= found <= 1.01 * exact

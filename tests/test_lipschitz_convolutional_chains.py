@@ -1,5 +1,6 @@
 """Bounds of chains with convolutions: against slopes by search, and cyclic chains as matrices."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from advjax import lipschitz, models
-from advjax.lipschitz import chains, spectra
+from advjax.lipschitz.linear import frequencies, lipsdp
 from tests.oracles import conv_matrix
 from tests.test_lipschitz_chains import METHODS, in_float64, semidefinite
 
@@ -52,7 +53,7 @@ def draw(name, seed=0):
     layers, matrices = [], []
     for shape, window, options in convolutions:
         kernel = rng.normal(size=window).astype(np.float32)
-        layers.append(lipschitz.conv(kernel, shape, **options))
+        layers.append(lipschitz.Conv(kernel, shape, **options))
         matrices.append(conv_matrix(kernel, shape, **options))
     for width in dense:
         kernel = rng.normal(size=(matrices[-1].shape[1], width)).astype(np.float32)
@@ -114,23 +115,22 @@ def cyclic_matrix(kernel, before, behind, offsets, groups=1):
 
 
 def cyclic_matrices(layers):
-    """The layers on the circles of `spectra.grids`."""
-    kinds, kernels = chains._chain(layers, [1.0] * (len(layers) - 1))
+    """The layers on the circles of `frequencies.grids`."""
+    chain = lipsdp._chain(layers, [1.0] * (len(layers) - 1))
     found = []
     shape = ()
-    for kind, kernel, (before, behind) in zip(
-        kinds, kernels, itertools.pairwise(spectra.grids(kinds)), strict=True
-    ):
-        matrix = np.asarray(kernel, np.float64)
+    circles = itertools.pairwise(frequencies.grids(chain))
+    for layer, (before, behind) in zip(chain, circles, strict=True):
+        matrix = np.asarray(layer.kernel, np.float64)
         if behind:
-            offsets = [axis.offsets for axis in kind.axes]
-            matrix = cyclic_matrix(matrix, before, behind, offsets, kind.groups)
+            offsets = [axis.offsets for axis in layer.axes]
+            matrix = cyclic_matrix(matrix, before, behind, offsets, layer.groups)
         elif before:
             sizes = [range(size) for size in shape[:-1]]
             matrix = matrix.reshape(*shape, -1)
             matrix = cyclic_matrix(matrix, before, (1,) * len(before), sizes)
         found.append(matrix)
-        shape = kind.output_shape(kernel.shape)
+        shape = layer.output_shape
     return found
 
 
@@ -138,16 +138,16 @@ def cyclic_matrices(layers):
 @pytest.mark.parametrize("name", CHAINS)
 def test_every_choice_of_multipliers_gives_the_bound_of_the_cyclic_chain(name, scale):
     layers, slopes, matrices = draw(name)
-    kinds, kernels = chains._chain(layers, [1.0] * len(slopes))
+    chain = lipsdp._chain(layers, [1.0] * len(slopes))
     rng = np.random.default_rng(0)
     multipliers = [
-        chains._Multipliers(
+        lipsdp._Multipliers(
             jnp.asarray(scale * rng.normal(size=kernel.shape[-1]), jnp.float32),
             jnp.float32(scale * rng.normal()),
         )
         for kernel in kernels[:-1]
     ]
-    found = chains._certified(kinds, kernels, multipliers).constant
+    found = lipsdp._certified(chain, multipliers).constant
     cyclic = cyclic_matrices(layers)
     pixels = [
         (np.tile(units, matrix.shape[1] // len(units)), share)
@@ -161,8 +161,8 @@ def test_every_choice_of_multipliers_gives_the_bound_of_the_cyclic_chain(name, s
 def test_lipsdp_reaches_the_optimum_of_the_semidefinite_program_of_the_cyclic_chain():
     rng = np.random.default_rng(0)
     layers = [
-        lipschitz.conv(rng.normal(size=(2, 2, 3)).astype(np.float32), (11, 2), strides=3),
-        lipschitz.conv(rng.normal(size=(3, 3, 4)).astype(np.float32), (4, 3)),
+        lipschitz.Conv(rng.normal(size=(2, 2, 3)).astype(np.float32), (11, 2), strides=3),
+        lipschitz.Conv(rng.normal(size=(3, 3, 4)).astype(np.float32), (4, 3)),
     ]
     # One multiplier for each pixel: by symmetry those of a channel are the same.
     optimum = semidefinite(cyclic_matrices(layers), [1.0])
@@ -172,11 +172,11 @@ def test_lipsdp_reaches_the_optimum_of_the_semidefinite_program_of_the_cyclic_ch
 
 def test_circles_fit_one_in_the_other():
     layers, *_ = draw("strides of an image, and dense layers")
-    kinds, _ = chains._chain(layers, [1.0] * 3)
-    grids = spectra.grids(kinds)
+    chain = lipsdp._chain(layers, [1.0] * 3)
+    grids = frequencies.grids(chain)
     assert grids[3:] == [(), ()]
-    for before, behind, kind in zip(grids, grids[1:3], kinds, strict=False):
-        for n, m, axis in zip(before, behind, kind.axes, strict=True):
+    for before, behind, layer in zip(grids, grids[1:3], chain, strict=False):
+        for n, m, axis in zip(before, behind, layer.axes, strict=True):
             assert n == m * axis.stride
             assert m >= axis.circle
 
@@ -185,8 +185,8 @@ def test_slopes_of_channels_count_each():
     layers, _, _ = draw("strides of an image, and dense layers")
     first, second, *rest = layers
     alive = [
-        lipschitz.conv(first.kernel[..., :2], (6, 5, 2), strides=2),
-        lipschitz.conv(second.kernel[:, :, :2], (3, 3, 2), strides=(2, 1)),
+        lipschitz.Conv(first.kernel[..., :2], (6, 5, 2), strides=2),
+        lipschitz.Conv(second.kernel[:, :, :2], (3, 3, 2), strides=(2, 1)),
         *rest,
     ]
     for method in METHODS[:2]:
@@ -199,7 +199,7 @@ def test_slopes_of_channels_count_each():
 def test_the_scale_of_a_kernel_carries_over(scale):
     layers, slopes, _ = draw("strides of an image, and dense layers")
     first, *rest = layers
-    scaled = [first._replace(kernel=first.kernel * scale), *rest]
+    scaled = [dataclasses.replace(first, kernel=first.kernel * scale), *rest]
     for method in METHODS:
         expected = method(layers, slopes).constant * scale
         np.testing.assert_allclose(method(scaled, slopes).constant, expected, rtol=2e-3)
@@ -209,8 +209,11 @@ def test_convolutions_with_kernels_of_zeros_or_nan_end_in_zero_or_infinity():
     layers, slopes, _ = draw("strides of an image, and dense layers")
     first, *rest = layers
     for method in METHODS:
-        assert method([first._replace(kernel=0 * first.kernel), *rest], slopes).constant <= 1e-20
-        lost = [first._replace(kernel=np.nan * first.kernel), *rest]
+        assert (
+            method([dataclasses.replace(first, kernel=0 * first.kernel), *rest], slopes).constant
+            <= 1e-20
+        )
+        lost = [dataclasses.replace(first, kernel=np.nan * first.kernel), *rest]
         assert np.isposinf(method(lost, slopes).constant)
 
 
@@ -242,8 +245,8 @@ def layers_of_convnet():
     _, params, x = convnet()
     options = {"strides": 2, "padding": [(1, 1), (1, 1)]}
     return [
-        lipschitz.conv(params["conv1"]["kernel"], x.shape, **options),
-        lipschitz.conv(params["conv2"]["kernel"], (4, 4, 3), **options),
+        lipschitz.Conv(params["conv1"]["kernel"], x.shape, **options),
+        lipschitz.Conv(params["conv2"]["kernel"], (4, 4, 3), **options),
         params["hidden1"]["kernel"],
         params["logits"]["kernel"],
     ]

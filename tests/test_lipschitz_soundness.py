@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from advjax import lipschitz
-from advjax.lipschitz import rules
+from advjax.lipschitz.jaxpr import rules
 
 V = jnp.array([0.3, 0.1, 0.2, -0.4])
 METHODS = (None, lipschitz.product, lipschitz.eclipse)
@@ -253,6 +253,30 @@ def test_rows_whose_carry_never_depends_on_the_input_are_independent():
     assert constant(fn, V) == pytest.approx(8, rel=1e-5)
 
 
+@pytest.mark.parametrize("region", [{"box": (0, 1)}, {"box": (0, 1), "radius": 0.3}])
+def test_rows_of_a_loop_know_where_they_are(region):
+    def squares(x):
+        carry, rows = jax.lax.scan(lambda c, row: (c + row / 4, row * row), 0.0, x)
+        return jnp.append(rows, carry) ** 2
+
+    points = np.random.default_rng(0).uniform(0, 1, (500, 4))
+    if "radius" in region:
+        points = np.clip(V, 0, 1) + 0.15 * (2 * points - 1)
+        points = np.clip(points, 0, 1)
+    with jax.enable_x64(True):
+        slopes = np.linalg.norm(jax.vmap(jax.jacobian(squares))(points), 2, (1, 2))
+    assert slopes.max() <= constant(squares, V, **region) <= 9
+
+
+def test_a_loop_before_an_operation_without_a_bound_is_no_error_of_ours():
+    def fn(x):
+        _, rows = jax.lax.scan(lambda c, row: (row, c), jnp.zeros(()), x)
+        return rows * rows
+
+    with pytest.raises(lipschitz.NotLipschitzError, match="box"):
+        constant(fn, V)
+
+
 # Rules of one's own
 
 
@@ -407,6 +431,29 @@ def test_what_cannot_be_bounded_is_named_with_its_line(fn):
         constant(fn, V)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_layer_ends_a_chain(method):
+    def fn(x):
+        x = jax.nn.relu(x @ jnp.ones((4, 0))) @ jnp.ones((0, 3))
+        return jax.nn.relu(x + 1) @ jnp.ones((3, 2))
+
+    assert constant(fn, V, method=method) == 0
+    assert constant(fn, V, method=method, box=(0, 1)) == 0
+
+
+@pytest.mark.parametrize("operation", ["copy", "optimization_barrier", "rev", "split", "sort"])
+def test_what_happens_to_entries_on_the_way_does_not_break_a_local_bound(operation):
+    moves = {
+        "copy": jnp.copy,
+        "optimization_barrier": jax.lax.optimization_barrier,
+        "rev": lambda x: x[::-1],
+        "split": lambda x: jnp.concatenate(jnp.split(x, 2)[::-1]),
+        "sort": jnp.sort,
+    }
+    found = constant(lambda x: jnp.tanh(moves[operation](2 * x)), V, box=(0, 1), radius=0.5)
+    assert 0.9 <= found <= 2.001 * np.sqrt(2)
+
+
 # Products
 
 
@@ -437,7 +484,9 @@ def test_the_remedy_for_a_product_is_a_region_which_helps(fn):
 def test_a_traced_region_of_a_product_gives_what_a_known_one_gives(fn):
     found = jax.jit(lambda lower: lipschitz.bound(fn, V, box=(lower, 2)).constant)
     assert found(0.5) == pytest.approx(constant(fn, V, box=(0.5, 2)), rel=1e-5)
-    assert np.isposinf(jax.jit(lambda x: lipschitz.bound(fn, V, box=(x, jnp.inf)).constant)(-jnp.inf))
+    assert np.isposinf(
+        jax.jit(lambda x: lipschitz.bound(fn, V, box=(x, jnp.inf)).constant)(-jnp.inf)
+    )
 
 
 def test_the_remedy_for_a_product_is_bounded_factors_which_help():

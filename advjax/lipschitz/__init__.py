@@ -1,34 +1,43 @@
 """Lipschitz bounds in L2: of one linear layer, and of any JAX function."""
 
-from advjax.lipschitz.bound import Bound, Layer, bound, pairwise
+from advjax.lipschitz.bound import Bound, Layer, bound, linear_layers, pairwise
 from advjax.lipschitz.certificates import certified_radius
-from advjax.lipschitz.chains import ChainBound, eclipse, lipsdp, product
-from advjax.lipschitz.estimates import Estimate, LanczosEstimate, lanczos, power_iteration
-from advjax.lipschitz.norms import Linear, NormBound, conv, conv_norm, dense_norm
-from advjax.lipschitz.rules import NotLipschitzError, register_rule
-from advjax.lipschitz.signals import Operation, Signal
+from advjax.lipschitz.jaxpr.rules import register_rule
+from advjax.lipschitz.jaxpr.values import NotLipschitzError, Operation, Signal
+from advjax.lipschitz.linear.lanczos import (
+    Estimate,
+    LanczosEstimate,
+    lanczos,
+    power_iteration,
+    power_step,
+)
+from advjax.lipschitz.linear.layers import Conv, Dense, conv_norm, dense_norm
+from advjax.lipschitz.linear.lipsdp import ChainBound, eclipse, lipsdp, product
+from advjax.lipschitz.linear.norms import NormBound
 
 __all__ = [
     "Bound",
     "ChainBound",
+    "Conv",
+    "Dense",
     "Estimate",
     "LanczosEstimate",
     "Layer",
-    "Linear",
     "NormBound",
     "NotLipschitzError",
     "Operation",
     "Signal",
     "bound",
     "certified_radius",
-    "conv",
     "conv_norm",
     "dense_norm",
     "eclipse",
     "lanczos",
+    "linear_layers",
     "lipsdp",
     "pairwise",
     "power_iteration",
+    "power_step",
     "product",
     "register_rule",
 ]

@@ -13,37 +13,45 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from advjax import checks
-from advjax.lipschitz import intervals, links, patterns
-from advjax.lipschitz.chains import ChainBound, Method, lipsdp, product
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense
-from advjax.lipschitz.rules import (
+from advjax.lipschitz.jaxpr import chains, intervals, patterns, products
+from advjax.lipschitz.jaxpr.interpreter import Context, interpret
+from advjax.lipschitz.jaxpr.rules import (
     COMPLEX,
-    LINEAR,
     ROUNDING,
     RULES,
-    NotLipschitzError,
     Rule,
+    bilinear,
     constant,
     constants,
     homogeneous,
-    linear_layer,
 )
-from advjax.lipschitz.scaled import Scaled, largest, scaled, unscaled
-from advjax.lipschitz.signals import Interval, Operation, Scalar, Signal, concrete, known_now
-from advjax.lipschitz.walk import Context, walk
+from advjax.lipschitz.jaxpr.scaled import Scalar, Scaled, largest, scaled, unscaled
+from advjax.lipschitz.jaxpr.values import (
+    Interval,
+    NotLipschitzError,
+    Operation,
+    Signal,
+    concrete,
+    known_now,
+)
+from advjax.lipschitz.linear import layers
+from advjax.lipschitz.linear.layers import Conv, Dense
+from advjax.lipschitz.linear.lipsdp import ChainBound, Method, lipsdp
+from advjax.lipschitz.linear.lipsdp import product as product_of_norms
+from advjax.lipschitz.linear.norms import upper_norm
 from advjax.types import Box
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One operation of a function that changes distances, or may.
+    """One operation of a function that may change distances.
 
     Attributes:
-        name: The operation, after the names of the modules that it is in.
-        source: The line of code that made it.
-        gain: By how much it multiplies the largest constant of its inputs; infinite if unknown.
+        name: The modules that it is in and the operation, separated by slashes.
+        source: The line of code that it comes from.
+        gain: The factor by which it multiplies the largest constant of its inputs; infinite if
+            unknown.
         constant: The bound from the input of the function up to here.
     """
 
@@ -60,7 +68,7 @@ class Bound(NamedTuple):
         constant: `|fn(x) - fn(y)| <= constant |x - y|` for all x and y that were asked for;
             infinite where it exceeds its dtype, as a network of fifty layers may exceed float32.
             From `pairwise` a matrix, with such a constant of the difference of each two outputs.
-        layers: What the bound is made of, in the order of evaluation.
+        layers: The operations that contribute to the bound, in the order of evaluation.
         radius: How far from the example inputs it holds, in L2; infinite without a `radius`. It is
             0 where the example inputs are outside the `box`. A bound with a `box` holds between
             inputs in that box only, whatever the radius.
@@ -78,26 +86,28 @@ def bound(
     box: Box | None = None,
     radius: Float[ArrayLike, ""] | None = None,
 ) -> Bound:
-    """A Lipschitz bound of any JAX function, read off its jaxpr.
+    """Bound the Lipschitz constant of any JAX function, read off its jaxpr.
 
-    Each intermediate result has a constant with respect to the input: a layer multiplies it by the
-    layer's certified norm, a sum of two results has at most the sum of theirs, so that branches
-    that join are counted once each. The default of `jax.lax.platform_dependent` stands for all of
-    its alternatives, which are to compute the same.
+    Each intermediate result has a constant with respect to the input. A layer multiplies it by the
+    layer's certified norm; a sum of two results has at most the sum of theirs, so that each of two
+    branches that join is counted once. The default of `jax.lax.platform_dependent` stands for all
+    of its alternatives, which must compute the same.
 
     Args:
-        fn: A function of arrays. Its parameters are what it closes over (a `functools.partial` will
-            do); they may be traced, and the bound is differentiable with respect to them.
+        fn: A function of arrays. Its parameters are what it closes over, as by a
+            `functools.partial`; they may be traced, and the bound is differentiable with respect to
+            them.
         *example_inputs: Arrays of the shapes and dtypes of its arguments, or
-            `jax.ShapeDtypeStruct`s; the values do not matter, but for a `radius`.
-        method: How to bound convolutions and dense layers that only biases and nondecreasing
-            activations are between, such as `lipsdp`, or with options
+            `jax.ShapeDtypeStruct`s; the values do not matter without a `radius`.
+        method: How to bound a chain of convolutions and dense layers with only biases and
+            nondecreasing activations between them, such as `lipsdp`, or with options
             `functools.partial(lipsdp, num_steps=500)`. Such a chain is then one layer of the
-            breakdown. By default the product of the norms.
-        box: Where the inputs are, a pair (lower, upper) that broadcasts to each of them. The bound
-            then holds between any two inputs in the box, and is the smaller for it where a unit
+            breakdown. By default the bound is the product of the norms.
+        box: A pair (lower, upper) that broadcasts to each input and that the inputs lie between.
+            The bound then holds between any two inputs in the box, and is smaller where a unit
             saturates or stays on one side of its ReLU. By default they may be anywhere.
-        radius: How far, in L2, all inputs together may be from `example_inputs`. With a box, both.
+        radius: The largest L2 distance of all inputs together from `example_inputs`. With a box,
+            the inputs satisfy both.
 
     Returns:
         A `Bound`, in L2 over all inputs and all outputs taken together. It is that of the function
@@ -113,7 +123,8 @@ def bound(
             to the output; the message names it and its line, and says what to do. It is a
             `ValueError`.
 
-    Source: Szegedy et al. (2013), section 4.3, with the corrections of Virmaux and Scaman (2018).
+    Reference: Szegedy et al. (2013), section 4.3, with the corrections of Virmaux and Scaman
+    (2018).
     """
     region = _region(fn, example_inputs, box, radius)
     outputs = _outputs(region, method)
@@ -127,40 +138,43 @@ def pairwise(
     box: Box | None = None,
     radius: Float[ArrayLike, ""] | None = None,
 ) -> Bound:
-    """Lipschitz bounds of the difference of each two outputs of a function.
+    """Bound the Lipschitz constant of the difference of each two outputs of a function.
 
-    They certify more than the bound of all outputs does: `sqrt(2)` times that is what each pair has
-    at most.
+    These bounds certify more than the bound of all outputs: none of them exceeds `sqrt(2)` times
+    that.
 
     Args:
-        fn: As for `bound`; its result is one vector, such as logits.
-        *example_inputs: As for `bound`.
-        method: As for `bound`.
-        box: As for `bound`.
-        radius: As for `bound`. The bounds then certify no more than this radius.
+        fn: A function of arrays whose result is one vector, such as logits.
+        *example_inputs: Arrays of the shapes and dtypes of its arguments, or
+            `jax.ShapeDtypeStruct`s; the values do not matter without a `radius`.
+        method: How to bound the chain of layers that the function ends in, such as `lipsdp`.
+        box: A pair (lower, upper) that the inputs lie between. By default they may be anywhere.
+        radius: The largest L2 distance of all inputs together from `example_inputs`. By default
+            they may be anywhere.
 
     Returns:
         A `Bound` for `certified_radius` whose `constant` is a symmetric matrix. Where the function
         does not end in a dense layer, the pairs all have `sqrt(2)` times the bound of the function.
 
     Raises:
-        TypeError: As for `bound`.
-        ValueError: As for `bound`, or if the result is not one vector.
+        TypeError: If an input is not floating, or not an array although there is a `radius`.
+        ValueError: If the result is not one vector, or `box` or `radius` is no region.
+        NotLipschitzError: If there is an operation without a bound on the way to the output.
     """
     out = jax.eval_shape(fn, *example_inputs)
     if not hasattr(out, "shape") or len(out.shape) != 1:
         raise ValueError(f"fn: returns {out}, expected one vector; use jax.vmap for a batch.")
     region = _region(fn, example_inputs, box, radius)
     outputs = _outputs(region, method)
-    n, layers = out.shape[0], tuple(_layers(outputs))
+    n, breakdown = out.shape[0], tuple(_layers(outputs))
     if not outputs:
-        return Bound(jnp.zeros((n, n)), layers, region.certifies)
-    dense = links.last_dense(outputs[0])
+        return Bound(jnp.zeros((n, n)), breakdown, region.certifies)
+    dense = chains.last_dense(outputs[0])
     if dense is None:
         steepest = _array(scaled(math.sqrt(2) * ROUNDING * outputs[0].constant))
         pairs = jnp.where(jnp.eye(n, dtype=bool), 0, steepest)
     else:
-        chain = links.ending(dense)
+        chain = chains.ending(dense)
         assert chain is not None
         found = _chain_bound(method, chain).pairs
         pairs = found * chain.start.constant * ROUNDING
@@ -168,37 +182,86 @@ def pairwise(
         tiny = jnp.finfo(pairs.dtype).tiny
         pairs = jnp.where(found > 0, jnp.maximum(pairs, tiny), pairs)
         pairs = jnp.where(jnp.isnan(pairs), jnp.inf, pairs)
-    return Bound(pairs, layers, region.certifies)
+    return Bound(pairs, breakdown, region.certifies)
 
 
 def linear_layers(
     fn: Callable[..., PyTree[Array]], *example_inputs: PyTree[Float[Array, "..."]]
-) -> list[tuple[Dense | Convolution, Float[Array, "blocks *kernel"]]]:
-    """The dense layers and convolutions of a function, each with its kernels."""
+) -> list[layers.Layer]:
+    """Find the dense layers and convolutions of a function.
+
+    Args:
+        fn: A function of arrays, such as a network with its parameters bound.
+        *example_inputs: Arrays of the shapes and dtypes of its arguments, or
+            `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        A `Dense` or `Conv` for each, in the order of evaluation. Its kernel has a leading axis: the
+        kernels of a batched product, which see different inputs, or one. `jax.vmap` what is done
+        with it.
+    """
     found = []
 
     def record(op, avals, function_rule):
-        if function_rule is None and op.name in LINEAR:
-            found.append(linear_layer(op))
+        if function_rule is None and products.is_product(op):
+            found.append(_stack(products.product(op)))
         return [Signal(a.shape, a.dtype, 1.0, op, op) for a in avals]
 
-    closed = jax.make_jaxpr(fn)(*example_inputs)
-    walk(
-        closed,
-        [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars],
-        Context(record),
-    )
+    program = jax.make_jaxpr(fn)(*example_inputs)
+    inputs = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in program.jaxpr.invars]
+    interpret(program, inputs, Context(record))
     return found
 
 
+# Where programs meet arrays: the products of a jaxpr as layers
+
+
+def _layer(product: products.Layer) -> layers.Layer:
+    if isinstance(product, products.Product):
+        return Dense(product.kernel)
+    return Conv(
+        product.kernel,
+        product.input_shape,
+        strides=product.strides,
+        padding=product.padding,
+        dilation=product.dilation,
+        groups=product.groups,
+    )
+
+
+def _stack(product: products.Layer) -> layers.Layer:
+    """A layer whose kernel has a leading axis, of a product whose kernel has one."""
+    return jax.vmap(lambda kernel: _layer(product._replace(kernel=kernel)))(product.kernel)
+
+
+def _linear(op: Operation) -> Scalar:
+    """The rule of products with constant kernels: the largest norm of those side by side."""
+    if not math.prod(op.shape) or not all(math.prod(jnp.shape(x)) for x in op.inputs):
+        return 0.0
+    if len(op.signals) == 2:
+        return bilinear(op)
+    return _largest_norm(_stack(products.product(op))) * op.signals[0].constant
+
+
+@jax.jit
+def _largest_norm(stack: layers.Layer) -> Float[Array, ""]:
+    return jnp.max(jax.lax.map(upper_norm, stack))
+
+
+RULES |= dict.fromkeys(("dot_general", "conv_general_dilated"), homogeneous(_linear))
+
+
+# The inputs and where they are
+
+
 class _Region(NamedTuple):
-    """A function's program with the signals of its inputs, which know where they are.
+    """A traced function and the inputs in question.
 
     Attributes:
         program: The function, traced.
-        inputs: Its inputs.
-        radius: How far they may be from the example; None if that is unlimited.
-        certifies: The same for certificates of the example: 0 where that is outside the box.
+        inputs: Its inputs, with the intervals that they lie in.
+        radius: Their largest distance from the example; None if unlimited.
+        certifies: The radius that a bound here may certify: 0 if the example is outside the box.
     """
 
     program: core.ClosedJaxpr
@@ -318,9 +381,9 @@ def _unless(conditions: Sequence[Array]) -> Scalar:
 
 
 def _outputs(region: _Region, method: Method | None) -> list[Signal]:
-    """What depends on the input among the results of a function."""
+    """The results of a function that depend on its inputs."""
     context = Context(functools.partial(_apply, method, region.radius))
-    results = walk(region.program, region.inputs, context)
+    results = interpret(region.program, region.inputs, context)
     outputs = [x for x in results if isinstance(x, Signal)]
     for signal in outputs:
         if signal.reason:
@@ -347,14 +410,14 @@ def _apply(
     avals: Sequence[Any],
     function_rule: Rule | None,
 ) -> list[Signal]:
-    """The results of an operation, by a pattern that it completes or by its rule."""
+    """Bound the results of an operation, by a pattern that it completes or by its rule."""
     is_primitive = function_rule is None
     found = patterns.match(op, avals[0]) if is_primitive else None
     layer, rule = op, RULES.get(op.name) if is_primitive else function_rule
     if found is not None:
         layer, gain = found
         rule = _times(gain)
-    slope = links.local_slope(layer) if is_primitive else None
+    slope = chains.local_slope(layer) if is_primitive else None
     if isinstance(slope, jax.Array):
         rule = _times(jnp.max(slope, initial=0))
     reason = next((s.reason for s in layer.signals if s.reason), "")
@@ -366,7 +429,7 @@ def _apply(
         reason = _unsupported(op, "there is no rule for it")
     elif is_primitive and layer is op and op.name not in COMPLEX and _is_complex(op, avals):
         reason = _unsupported(op, "there is no rule for it in complex numbers")
-    elif method is not None and links.is_link(layer):
+    elif method is not None and chains.is_link(layer):
         # Of a chain only the last layer is asked for its constant.
         layer, rule = _chained(method, layer, rule)
         values = [functools.partial(constant, layer, rule)]
@@ -399,17 +462,19 @@ def _is_complex(op: Operation, avals: Sequence[Any]) -> bool:
 def _location(
     op: Operation, radius: Float[ArrayLike, ""] | None
 ) -> tuple[Interval | None, Interval | None]:
-    """What the entries of a result are between, in all and at the example inputs."""
+    """Bounds of the entries of a result: for all inputs in question, and at the example."""
     interval, centre = (
         intervals.enclosure(op, [pick(x) if isinstance(x, Signal) else x for x in op.inputs])
         for pick in (lambda signal: signal.interval, lambda signal: signal.centre)
     )
     if interval is not None and centre is not None and radius is not None:
-        chain = links.ending(op)
+        chain = chains.ending(op)
         if chain is not None:
             # An entry moves by no more than its own Lipschitz constant times the radius.
-            lengths = product(chain.layers, chain.slopes).outputs * chain.start.constant
-            reach = links.along_units(op, lengths * radius * ROUNDING)
+            lengths = (
+                product_of_norms(_layers_of(chain), chain.slopes).outputs * chain.start.constant
+            )
+            reach = chains.along_units(op, lengths * radius * ROUNDING)
             interval = intervals.intersection(interval, intervals.widened_by(centre, reach))
     return interval, centre
 
@@ -420,7 +485,7 @@ def _times(gain: Scalar) -> Rule:
 
 def _chained(method: Method, op: Operation, rule: Rule) -> tuple[Operation, Rule]:
     """The chain that ends in an operation, as one layer, if it has more layers than that one."""
-    chain = links.ending(op)
+    chain = chains.ending(op)
     if chain is None or len(chain.layers) == 1:
         return op, rule
     layer = op._replace(name=f"{op.name} ({len(chain.layers)} layers)", inputs=(chain.start,))
@@ -429,12 +494,16 @@ def _chained(method: Method, op: Operation, rule: Rule) -> tuple[Operation, Rule
     )
 
 
-def _chain_bound(method: Method, chain: links.Chain) -> ChainBound:
-    found = method(chain.layers, chain.steepest)
+def _layers_of(chain: chains.Chain) -> list[layers.Layer]:
+    return [_layer(product) for product in chain.layers]
+
+
+def _chain_bound(method: Method, chain: chains.Chain) -> ChainBound:
+    found = method(_layers_of(chain), chain.steepest)
     if chain.slopes is chain.steepest:
         return found
-    # What the multipliers that a method finds are worth need not fall with the slopes.
-    return jax.tree.map(jnp.minimum, found, method(chain.layers, chain.slopes))
+    # Smaller slopes do not always give a smaller bound: the multipliers that a method finds differ.
+    return jax.tree.map(jnp.minimum, found, method(_layers_of(chain), chain.slopes))
 
 
 def _unsupported(op: Operation, why: str, remedy: str = "") -> str:
@@ -447,7 +516,7 @@ def _unsupported(op: Operation, why: str, remedy: str = "") -> str:
 
 
 def _layers(outputs: Sequence[Signal]) -> Iterator[Layer]:
-    """The operations that outputs are made of and that do not leave the constant as it is."""
+    """The operations on the way to the outputs that change the constant, in order."""
     seen: set[int] = set()
     stack: list[tuple[Signal, bool]] = [(signal, False) for signal in reversed(outputs)]
     while stack:
@@ -467,7 +536,7 @@ def _layers(outputs: Sequence[Signal]) -> Iterator[Layer]:
 
 
 def _gain(after: Scaled, before: Scaled, constant: Float[Array, ""]) -> Float[Array, ""]:
-    """By how much one constant is larger than another; infinite where it exceeds its dtype."""
+    """The ratio of two constants; infinite where the first exceeds its dtype."""
     positive = jnp.asarray(before.mantissa) > 0
     ratio = jnp.asarray(after.mantissa) / jnp.where(positive, before.mantissa, 1)
     gain = unscaled(scaled(ratio, after.exponent - before.exponent))

@@ -7,22 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from advjax import checks, losses
-from advjax.lipschitz.bound import linear_layers
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.estimates import unit
-from advjax.lipschitz.norms import Dense
-
-Layer = Dense | Convolution
+from advjax.lipschitz import Conv, Dense, linear_layers, power_step
 
 
 class LipschitzState(NamedTuple):
-    """What `lipschitz_penalty` carries from step to step.
+    """The state of `lipschitz_penalty` between steps.
 
     Attributes:
-        vectors: For each linear layer the inputs that it stretches most, as far as they are known.
+        vectors: For each linear layer an estimate of the inputs that it stretches most.
         log_product: The logarithm of the product of the layers' norms, estimated with them.
     """
 
@@ -59,7 +54,7 @@ def lipschitz_penalty(
         ValueError: If `weight` is negative, `num_steps` is not a positive integer, or the network
             has no layer with a norm.
 
-    Source: Szegedy et al. (2013), section 4.3; Yoshida and Miyato (2017) for carrying the vectors.
+    Reference: Szegedy et al. (2013), section 4.3; Yoshida and Miyato (2017) for the vectors.
     """
     weight = checks.number("weight", weight, minimum=0)
     num_steps = checks.positive_int("num_steps", num_steps)
@@ -73,27 +68,23 @@ def lipschitz_penalty(
     def log_product(params, vectors):
         lengths = jnp.stack(
             [
-                jnp.max(jax.vmap(functools.partial(_stretch, layer))(kernels, v))
-                for (layer, kernels), v in zip(layers(params), vectors, strict=True)
+                jnp.max(jax.vmap(_stretch)(layer, v))
+                for layer, v in zip(layers(params), vectors, strict=True)
             ]
         )
         # A layer of zeros has no logarithm; the floor gives it a gradient of 0.
         return jnp.sum(jnp.log(jnp.maximum(lengths, jnp.finfo(lengths.dtype).tiny)))
 
     def iterate(params, vectors, steps):
+        turn = functools.partial(_turn, num_steps=steps)
         found = zip(layers(jax.lax.stop_gradient(params)), vectors, strict=True)
-        return [
-            jax.vmap(functools.partial(_iterate, layer, steps))(kernels, v)
-            for (layer, kernels), v in found
-        ]
+        return [jax.vmap(turn)(layer, v) for layer, v in found]
 
     def init(params):
         keys = jax.random.split(jax.random.key(0), len(found := layers(params)))
         vectors = [
-            jax.random.normal(
-                key, (len(kernels), *layer.input_shape(kernels.shape[1:])), kernels.dtype
-            )
-            for key, (layer, kernels) in zip(keys, found, strict=True)
+            jax.vmap(_random_input)(layer, jax.random.split(key, len(layer.kernel)))
+            for key, layer in zip(keys, found, strict=True)
         ]
         vectors = iterate(params, vectors, 10)
         return LipschitzState(vectors, log_product(params, vectors))
@@ -109,17 +100,15 @@ def lipschitz_penalty(
     return optax.GradientTransformation(init, update)
 
 
-def _stretch(layer: Layer, kernel: Array, vector: Array) -> Float[Array, ""]:
-    return losses.l2(layer.apply(kernel, vector))
+def _random_input(layer: Dense | Conv, key: Key[Array, ""]) -> Float[Array, "*shape"]:
+    return jax.random.normal(key, layer.input_shape, layer.kernel.dtype)
 
 
-def _iterate(layer: Layer, num_steps: int, kernel: Array, vector: Array) -> Array:
-    """A unit vector nearer to the one that the layer stretches most."""
-    forward = functools.partial(layer.apply, kernel)
-    transpose = jax.linear_transpose(forward, vector)
+def _stretch(layer: Dense | Conv, vector: Float[Array, "*shape"]) -> Float[Array, ""]:
+    return losses.l2(layer.apply(vector))
 
-    def step(_, vector):
-        (image,) = transpose(unit(forward(vector)))
-        return unit(image)
 
-    return jax.lax.fori_loop(0, num_steps, step, unit(vector), unroll=num_steps <= 2)
+def _turn(
+    layer: Dense | Conv, vector: Float[Array, "*shape"], *, num_steps: int
+) -> Float[Array, "*shape"]:
+    return power_step(layer.apply, vector, num_steps=num_steps)

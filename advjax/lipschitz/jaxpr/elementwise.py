@@ -5,13 +5,13 @@ The one place for such facts. The tests hold each row against `jax.grad` on a gr
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from advjax.lipschitz.signals import Operation
+from advjax.lipschitz.jaxpr.values import Operation
 
 
 class Elementwise(NamedTuple):
@@ -177,6 +177,45 @@ def integer_power(y: int) -> Elementwise:
         even=y > 0 and y % 2 == 0,
         low=-math.inf if y % 2 else 0.0,
     )
+
+
+class Parametric(NamedTuple):
+    """Functions of one number and a scalar.
+
+    Attributes:
+        fn: The function, of an array and the scalar.
+        row: What is known of it, for a value of the scalar.
+    """
+
+    fn: Callable[[Array, Any], Array]
+    row: Callable[[float], Elementwise]
+
+
+def _parametric(fn: Callable, slope: Callable[[float], float], low: Callable) -> Parametric:
+    def row(scalar):
+        return Elementwise(
+            lambda x: fn(x, scalar), slope(scalar), increasing=scalar > 0, low=low(scalar)
+        )
+
+    return Parametric(fn, row)
+
+
+PARAMETRIC: dict[str, Parametric] = {
+    "elu": _parametric(
+        jax.nn.elu, lambda alpha: max(1.0, abs(alpha)), lambda alpha: min(0.0, -alpha)
+    ),
+    "leaky_relu": _parametric(
+        jax.nn.leaky_relu,
+        lambda slope: max(1.0, abs(slope)),
+        lambda slope: -math.inf if slope > 0 else 0.0,
+    ),
+    "celu": _parametric(
+        jax.nn.celu,
+        lambda alpha: 1.0 if alpha > 0 else math.inf,
+        lambda alpha: -alpha if alpha > 0 else -math.inf,
+    ),
+}
+"""Functions of jax.nn with a scalar, recognised by their last operation too."""
 
 
 def row(op: Operation) -> Elementwise | None:

@@ -1,7 +1,7 @@
-"""Functions that are Lipschitz although the operations they are written with are not.
+"""Functions that are Lipschitz although the operations that they consist of are not.
 
-GELU multiplies two functions of its input, softmax divides by one. They are recognised by their
-last operation: from it back, what made each intermediate result is compared with the function.
+GELU multiplies two functions of its input; softmax divides by one. Each is recognised at its last
+operation, by comparing the operations before it with those of the function.
 """
 
 import functools
@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from advjax.lipschitz import elementwise
-from advjax.lipschitz.signals import Operation, Signal, concrete
-from advjax.lipschitz.walk import Context, walk
+from advjax.lipschitz.jaxpr import elementwise
+from advjax.lipschitz.jaxpr.interpreter import Context, interpret
+from advjax.lipschitz.jaxpr.values import Operation, Signal, concrete
 
 Found = tuple[Operation, float] | None
 
 
 def match(op: Operation, like: Any) -> Found:
-    """The function that an operation completes, as an operation, with its gain; or None."""
+    """Find the function that an operation completes: as an operation with its gain, or None."""
     complex_numbers = any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in op.signals)
     if complex_numbers or not jnp.issubdtype(like.dtype, jnp.floating):
         return None
@@ -37,41 +37,44 @@ def _as(op: Operation, name: str, signal: Signal, gain: float) -> Found:
     return op._replace(name=name, inputs=(signal,)), gain
 
 
-# Elementwise functions, with the arguments that they have beside x, and their largest slope
+# Elementwise functions
 
-_SLOPES: dict[str, tuple[Callable, tuple[float, ...], Callable[..., float]]] = {
+_FUNCTIONS: dict[str, tuple[Callable, tuple[float, ...]]] = {
     **{
-        name: (elementwise.TABLE[name].fn, (), lambda slope=elementwise.TABLE[name].slope: slope)
+        name: (elementwise.TABLE[name].fn, ())
         for name in (
             *("gelu", "gelu_tanh", "silu", "mish", "softplus", "selu", "hard_tanh", "soft_sign"),
         )
     },
-    "elu": (jax.nn.elu, (0.5,), lambda alpha: max(1.0, abs(alpha))),
-    "leaky_relu": (jax.nn.leaky_relu, (0.5,), lambda slope: max(1.0, abs(slope))),
-    "celu": (jax.nn.celu, (0.5,), lambda alpha: 1.0 if alpha > 0 else math.inf),
+    **{name: (function.fn, (0.5,)) for name, function in elementwise.PARAMETRIC.items()},
 }
+"""The functions to recognise, and examples of the scalars that they take."""
 
 
 def _elementwise(op: Operation, like: Any) -> Found:
     if op.name not in ("mul", "select_n", "add", "div"):
         return None
     value = Signal(like.shape, like.dtype, math.inf, op)
-    for name in _SLOPES:
+    for name in _FUNCTIONS:
         reference, leaves = _reference(name, like.shape, like.dtype)
         bindings = _unify(reference, value, {})
         if bindings is None:
             continue
         x, *scalars = (bindings[id(leaf)] for leaf in leaves)
         if isinstance(x, Signal) and all(concrete(s) for s in scalars):
-            slope = _SLOPES[name][2](*(float(s) for s in scalars))
+            slope = (
+                elementwise.PARAMETRIC[name].row(float(scalars[0])).slope
+                if scalars
+                else elementwise.TABLE[name].slope
+            )
             return _as(op, name, x, slope) if math.isfinite(slope) else None
     return None
 
 
 @functools.lru_cache(maxsize=1024)
 def _reference(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Signal, list[Signal]]:
-    """The function's result with what made it, and its arguments."""
-    function, scalars, _ = _SLOPES[name]
+    """The function traced to signals: its result and its arguments."""
+    function, scalars = _FUNCTIONS[name]
     closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype), *scalars)
     leaves = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars]
 
@@ -81,11 +84,11 @@ def _reference(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Signal, l
             return op.inputs
         return [Signal(a.shape, a.dtype, math.inf, op) for a in avals]
 
-    return walk(closed, leaves, Context(record))[0], leaves
+    return interpret(closed, leaves, Context(record))[0], leaves
 
 
 def _unify(reference: Any, value: Any, bindings: dict[int, Any]) -> dict[int, Any] | None:
-    """The arguments for which the reference is made as the value is; None if there are none."""
+    """Match a value with a reference; the bindings of its arguments, or None without a match."""
     if not isinstance(reference, Signal):
         same = not isinstance(value, Signal) and concrete(value) and _equal(reference, value)
         return bindings if same else None
@@ -190,7 +193,7 @@ def _copies(op: Operation, y: Signal, axes: tuple[int, ...]) -> float:
 def _exponentials(
     log: Signal, dims: tuple[int, ...]
 ) -> tuple[Signal, tuple[int, ...], tuple[int, ...]] | None:
-    """The y and the axes of `log(sum(exp(y)))`, and where the axes that are left went."""
+    """The y and the axes of `log(sum(exp(y)))`, and the result's axes for those that remain."""
     if not log.made_by("log"):
         return None
     total, dims = _peeled(log.inputs[0], dims)
@@ -213,7 +216,7 @@ def _unshifted(y: Signal, axes: tuple[int, ...]) -> tuple[Signal, Signal | None]
 
 
 def _same(spread: Signal, shift: Signal, y: Signal, axes: tuple[int, ...], dims: tuple) -> bool:
-    """Whether a shift, broadcast along the axes, is that other one, broadcast like the sum."""
+    """Whether two broadcasts, along the axes and like the sum over them, are of the same shift."""
     (one, where), (other, there) = _peeled(spread), _peeled(shift)
     kept = [a for a in range(len(y.shape)) if a not in axes]
 
@@ -229,7 +232,7 @@ def _same(spread: Signal, shift: Signal, y: Signal, axes: tuple[int, ...], dims:
 
 
 def _peeled(signal: Signal, dims: tuple[int, ...] | None = None) -> tuple[Signal, tuple[int, ...]]:
-    """What a signal is a broadcast of, and to which of its axes that one's axes went."""
+    """The signal that another is a broadcast of, and the axes that its axes became."""
     dims = tuple(range(len(signal.shape))) if dims is None else dims
     while signal.made_by("broadcast_in_dim", "stop_gradient"):
         if signal.made_by("broadcast_in_dim"):
@@ -295,7 +298,7 @@ def _power(
 
 
 def _scalar(value: Any) -> float | None:
-    """The one number that a constant holds; None unless it is that."""
+    """The value of a constant whose entries are all the same; else None."""
     if isinstance(value, Signal) or not concrete(value) or not np.size(value):
         return None
     first = float(np.ravel(value)[0])
@@ -303,7 +306,7 @@ def _scalar(value: Any) -> float | None:
 
 
 def _windows(base: Signal, dims: tuple[int, ...], x: Signal) -> tuple[float, int] | None:
-    """The k of `k + a S(x^2)`, and how many windows of S share an entry."""
+    """The k of `k + a S(x^2)`, and the number of windows of S that share an entry."""
     k, sums = None, base
     while sums.made_by(*(("add",) if k is None else ("mul", "div"))) and len(sums.signals) == 1:
         reciprocal = sums.made_by("div") and not isinstance(sums.inputs[0], Signal)
@@ -324,7 +327,7 @@ def _windows(base: Signal, dims: tuple[int, ...], x: Signal) -> tuple[float, int
 def _with_scalar(
     signal: Signal, dims: tuple[int, ...]
 ) -> tuple[Signal, tuple[int, ...], float | None]:
-    """The one signal that another is made of, and the number that is its other operand."""
+    """The operand of a signal that depends on the input, and the number that is the other one."""
     (inner,) = signal.signals
     (other,) = (value for value in signal.inputs if value is not inner)
     return (*_peeled(inner, dims), _scalar(other))

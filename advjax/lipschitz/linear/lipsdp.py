@@ -1,29 +1,31 @@
 """Bounds of a chain of convolutions and dense layers, tighter than the product of their norms.
 
 The slopes of an elementwise activation tie its input y to its output z unit by unit. Let v be a
-difference of two inputs of the chain and suppose that behind some layer the differences are `S w`
+difference of two inputs of the chain and suppose that after some layer the differences are `S w`
 with |w| <= |v| for a known matrix S, the identity at first. Let B = W^H S for the next layer's
-kernel W, times the largest slopes, so that y = B w, and what is left of the slopes is in [0, 1].
-They mean z^H D^2 (y - z) >= 0 for every diagonal D > 0, and with A = D B / 2
+kernel W, times the largest slopes, so that y = B w, and the slopes that remain are in [0, 1]. They
+mean z^H D^2 (y - z) >= 0 for every diagonal D > 0, and with A = D B / 2
 
     |D z|^2 <= (D z)^H (D B) w <= |w|^2 + |A^H D z|^2,   so   z^H D P D z <= |w|^2,   P = I - A A^H.
 
-Hence, for any T with T^H P T >= (1 - e) I, the differences behind the layer are `D^-1 T w` with
+Hence, for any T with T^H P T >= (1 - e) I, the differences after the layer are `D^-1 T w` with
 sqrt(1 - e) |w| <= |v|, and the chain's are `W^H D^-1 T w` for its last kernel W. Where T is the
 inverse of the adjoint Cholesky factor of P, e is 0 but for rounding.
 
-This holds for every D, whatever it comes from: nothing that finds it has to be trusted. What has to
-be rounded with care is only the product A A^H, the product T^H P T and the last one. Each is off by
-no more than `gram.rounding` says, and e is what T^H P T is seen to differ from I by, and that.
+This holds for every D, so the search for D need not be trusted. Only three products have to be
+rounded with care: A A^H, T^H P T and the last one. `rounding.rounding` bounds the error of each,
+and e is the computed difference of T^H P T from I plus that error.
 
-Convolutions take these steps at each frequency (`spectra.py`). The condition is then a sum over the
-frequencies, so that D has one entry for each channel; all else is as above.
+Convolutions take these steps at each frequency (`frequencies.py`). The condition is then a sum over
+the frequencies, so that D has one entry for each channel; everything else is the same.
 
-Source: Fazlyab et al. (2019) for the condition, LipSDP; Xu and Sivaranjani (2024) for solving it
+Reference: Fazlyab et al. (2019) for the condition, LipSDP; Xu and Sivaranjani (2024) for solving it
 layer by layer, ECLipsE.
 """
 
+import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -35,19 +37,25 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Inexact
 
 from advjax import checks
-from advjax.lipschitz import gram, spectra
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.estimates import power_of_two
-from advjax.lipschitz.gram import gamma, magnitude_bound, norm_bound, rounding
-from advjax.lipschitz.norms import Dense, Linear, upper_norm
-from advjax.lipschitz.spectra import Grid, Spectrum
+from advjax.lipschitz.linear import frequencies
+from advjax.lipschitz.linear.frequencies import Grid, Spectrum
+from advjax.lipschitz.linear.layers import Conv, Dense, Layer
+from advjax.lipschitz.linear.norms import upper_norm
+from advjax.lipschitz.linear.rounding import (
+    gamma,
+    magnitude_bound,
+    power_of_two,
+    rounding,
+)
+from advjax.lipschitz.linear.rounding import product as matrix_product
+from advjax.lipschitz.linear.spectral_norm import norm_bound
 
-Layers = Sequence[Float[ArrayLike, "in out"] | Linear]
+Layers = Sequence[Float[ArrayLike, "in out"] | Layer]
 Slopes = Sequence[Float[ArrayLike, "*units"]]
 
 
 class ChainBound(NamedTuple):
-    """Lipschitz bounds, in L2, of what a chain of layers puts out.
+    """Lipschitz bounds, in L2, of the outputs of a chain of layers.
 
     Attributes:
         constant: Of all outputs together.
@@ -61,15 +69,15 @@ class ChainBound(NamedTuple):
 
 
 Method = Callable[[Layers, Slopes], ChainBound]
-"""How a chain is bounded: `product`, `eclipse`, `lipsdp`, or a function like them."""
+"""A bound for chains: `product`, `eclipse`, `lipsdp`, or a function like them."""
 
 
 def product(layers: Layers, slopes: Slopes) -> ChainBound:
     """Bound a chain of layers by the product of their norms.
 
     Args:
-        layers: Convolutions, made by `conv`, if any, and then dense layers, each the matrix of
-            `y = z @ kernel`. The first of these takes the pixels of an image row by row, and the
+        layers: Convolutions (`Conv`), if any, and then dense layers, each a `Dense` or the matrix
+            of `y = z @ kernel`. The first of these takes the pixels of an image row by row, and the
             channels of each.
         slopes: For the activation after each layer but the last the largest slope; a scalar, or
             one for each unit, or for each channel of a convolution. No slope may be negative: a
@@ -83,29 +91,31 @@ def product(layers: Layers, slopes: Slopes) -> ChainBound:
         TypeError: If a kernel is not floating.
         ValueError: If the layers do not fit together, or there is not one slope between each two.
 
-    Source: Szegedy et al. (2013), section 4.3.
+    Reference: Szegedy et al. (2013), section 4.3.
     """
-    return _product(*_chain(layers, slopes))
+    return _product(_chain(layers, slopes))
 
 
 def eclipse(layers: Layers, slopes: Slopes) -> ChainBound:
     """Bound a chain of layers with one multiplier a layer, in closed form.
 
     Args:
-        layers: As for `product`.
-        slopes: As for `product`.
+        layers: Convolutions (`Conv`), if any, and then dense layers, each a `Dense` or a matrix
+            (in, out).
+        slopes: The largest slope of the activation after each layer but the last; a scalar, or one
+            for each unit or channel.
 
     Returns:
         A `ChainBound`, certified, and no larger than that of `product`.
 
     Raises:
-        TypeError: As for `product`.
-        ValueError: As for `product`.
+        TypeError: If a kernel is not floating.
+        ValueError: If the layers do not fit together, or there is not one slope between each two.
 
-    Source: Xu and Sivaranjani (2024), ECLipsE-Fast.
+    Reference: Xu and Sivaranjani (2024), ECLipsE-Fast.
     """
-    kinds, kernels = _chain(layers, slopes)
-    return _smaller(_product(kinds, kernels), _certified(kinds, kernels, _start(kernels)))
+    chain = _chain(layers, slopes)
+    return _smaller(_product(chain), _certified(chain, _start(chain)))
 
 
 def lipsdp(
@@ -117,8 +127,10 @@ def lipsdp(
     of its multipliers is feasible, and each step of Adam ends in a valid bound.
 
     Args:
-        layers: As for `product`.
-        slopes: As for `product`.
+        layers: Convolutions (`Conv`), if any, and then dense layers, each a `Dense` or a matrix
+            (in, out).
+        slopes: The largest slope of the activation after each layer but the last; a scalar, or one
+            for each unit or channel.
         num_steps: How many steps of Adam to take. A hundred come within about 0.2 % of what a
             thousand reach.
         learning_rate: That of Adam at first; it falls to 0 along a cosine.
@@ -129,61 +141,55 @@ def lipsdp(
         too.
 
     Raises:
-        TypeError: As for `product`.
-        ValueError: As for `product`, or if `num_steps` is not a positive integer or `learning_rate`
-            not positive.
+        TypeError: If a kernel is not floating.
+        ValueError: If the layers do not fit together, there is not one slope between each two,
+            `num_steps` is not a positive integer or `learning_rate` not positive.
 
-    Source: Fazlyab et al. (2019), LipSDP-Neuron.
+    Reference: Fazlyab et al. (2019), LipSDP-Neuron.
     """
     num_steps = checks.positive_int("num_steps", num_steps)
     rate = checks.number("learning_rate", learning_rate, minimum=0, exclusive=True)
-    kinds, kernels = _chain(layers, slopes)
-    if len(kinds) == 1:
-        return _product(kinds, kernels)
-    best = jax.lax.stop_gradient(_descend(kinds, kernels, num_steps, rate))
-    found = [_certified(kinds, kernels, multipliers) for multipliers in (_start(kernels), best)]
-    return _smaller(*found, _product(kinds, kernels))
+    chain = _chain(layers, slopes)
+    if len(chain) == 1:
+        return _product(chain)
+    best = jax.lax.stop_gradient(_descend(chain, num_steps=num_steps, learning_rate=rate))
+    found = [_certified(chain, multipliers) for multipliers in (_start(chain), best)]
+    return _smaller(*found, _product(chain))
 
 
 # The bounds, compiled once for the shapes of a chain
 
-Kinds = tuple[Dense | Convolution, ...]
-Kernels = list[Float[Array, "*kernel"]]
+Chain = tuple[Layer, ...]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _product(kinds: Kinds, kernels: Kernels) -> ChainBound:
-    norms = [
-        upper_norm(kind, kernel) + _scaling_error(kernel)
-        for kind, kernel in zip(kinds, kernels, strict=True)
-    ]
-    last = kernels[-1]
+@jax.jit
+def _product(chain: Chain) -> ChainBound:
+    norms = [upper_norm(layer) + _scaling_error(layer.kernel) for layer in chain]
+    last = chain[-1].kernel
     growth = functools.reduce(_times, norms[:-1], jnp.ones((), last.dtype))
-    growth *= 1 + gamma(4 * len(kernels), last.dtype)
+    growth *= 1 + gamma(4 * len(chain), last.dtype)
     # A pixel of a convolution reads no more than all of the taps, each at another input.
     rows = last.reshape(-1, last.shape[-1])
     scale = power_of_two(rows)
     found = _bounds(_Reach(rows / scale, jnp.zeros((), last.dtype), scale, growth))
-    if isinstance(kinds[-1], Convolution):
+    if isinstance(chain[-1], Conv):
         found = found._replace(constant=_times(growth, norms[-1]))
     return found
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _certified(kinds: Kinds, kernels: Kernels, multipliers: list["_Multipliers"]) -> ChainBound:
-    first, *rest = spectra.spectra(kinds, kernels)
-    _, *grids = spectra.grids(kinds)
+@jax.jit
+def _certified(chain: Chain, multipliers: list["_Multipliers"]) -> ChainBound:
+    first, *rest = frequencies.spectra(chain)
+    _, *grids = frequencies.grids(chain)
     return _bounds(_reach(_first(first, grids[0]), rest, grids[1:], multipliers))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _descend(
-    kinds: Kinds, kernels: Kernels, num_steps: int, learning_rate: float
-) -> list["_Multipliers"]:
-    """The multipliers of the lowest constant on the way of Adam, which need not be trusted."""
+@functools.partial(jax.jit, static_argnames=("num_steps", "learning_rate"))
+def _descend(chain: Chain, *, num_steps: int, learning_rate: float) -> list["_Multipliers"]:
+    """The multipliers of the lowest constant that Adam meets; they need not be trusted."""
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
-    first, *rest = spectra.spectra(kinds, kernels)
-    _, *grids = spectra.grids(kinds)
+    first, *rest = frequencies.spectra(chain)
+    _, *grids = frequencies.grids(chain)
     reach = _first(first, grids[0])
     # Only its Gram matrix matters, which its triangular factor has too.
     reach = reach._replace(matrix=jnp.linalg.qr(reach.matrix, mode="r"))
@@ -201,8 +207,8 @@ def _descend(
         following = optax.apply_updates(multipliers, updates)
         return (following, state, best, jnp.fmin(value, lowest)), None
 
-    start = _start(kernels)
-    infinite = jnp.full((), jnp.inf, kernels[0].dtype)
+    start = _start(chain)
+    infinite = jnp.full((), jnp.inf, chain[0].kernel.dtype)
     carry = start, optimizer.init(start), start, infinite
     return jax.lax.scan(step, carry, length=num_steps)[0][2]
 
@@ -230,30 +236,31 @@ class _Reach(NamedTuple):
     growth: Float[Array, ""]
 
 
-def _start(kernels: Kernels) -> list[_Multipliers]:
-    zero = jnp.zeros((), kernels[0].dtype)
-    return [_Multipliers(jnp.zeros(kernel.shape[-1:], zero.dtype), zero) for kernel in kernels[:-1]]
+def _start(chain: Chain) -> list[_Multipliers]:
+    zero = jnp.zeros((), chain[0].kernel.dtype)
+    sizes = [layer.kernel.shape[-1:] for layer in chain[:-1]]
+    return [_Multipliers(jnp.zeros(size, zero.dtype), zero) for size in sizes]
 
 
 def _first(spectrum: Spectrum, grid: Grid) -> _Reach:
-    """The differences that the first layer can put out."""
+    """The differences after the first layer."""
     one = jnp.ones((), spectrum.magnitudes.dtype)
     scale = power_of_two(spectrum.magnitudes)
     error = scale * spectrum.relative * magnitude_bound(spectrum.magnitudes / scale)
-    return _scaled(_Reach(spectra.fold(spectrum.values, grid), error, one, one))
+    return _scaled(_Reach(frequencies.fold(spectrum.values, grid), error, one, one))
 
 
 def _reach(
     reach: _Reach, rest: list[Spectrum], grids: list[Grid], multipliers: list[_Multipliers]
 ) -> _Reach:
-    """The differences that the last layer can put out."""
+    """The differences after the last layer."""
     for spectrum, grid, multiplier in zip(rest, grids, multipliers, strict=True):
         reach = _follow(reach, multiplier, spectrum, grid)
     return reach
 
 
 def _scaled(reach: _Reach) -> _Reach:
-    """The same with entries of order 1."""
+    """Scale the matrix by a power of two to entries of order 1."""
     power = jax.lax.stop_gradient(power_of_two(reach.matrix))
     # A scale that underflows is rounded up: it stays a power of two.
     scale = jnp.maximum(reach.scale * power, jnp.finfo(reach.scale.dtype).tiny)
@@ -279,29 +286,29 @@ def _follow(reach: _Reach, multipliers: _Multipliers, spectrum: Spectrum, grid: 
     def follow(matrix, values):
         A = matrix * half[None]
         A_error = jnp.max(half) * reach.error + eps * magnitude_bound(A)
-        P = eye - gram.product(A, A)
+        P = eye - matrix_product(A, A)
         P_error = rounding(A, A) + A_error * (2 * norm_bound(A) + A_error) + eps
         factor = jnp.linalg.cholesky(P)
         T = jax.scipy.linalg.solve_triangular(factor, eye, lower=True).conj().T
         T_norm = norm_bound(T)
-        PT = gram.product(P, T)
-        excess = eye - gram.product(T, PT)
+        PT = matrix_product(P, T)
+        excess = eye - matrix_product(T, PT)
         excess_error = rounding(T, PT) + T_norm * (rounding(P, T) + P_error * T_norm) + eps
         e = (magnitude_bound(excess) + excess_error) * (1 + 16 * eps)
 
         weighted = values / scale / (2 * half)[:, None]
         error = rounding(T, weighted) + kernel_error * T_norm
-        return gram.product(T, weighted), error, e
+        return matrix_product(T, weighted), error, e
 
-    behind, error, e = spectra.over_frequencies(follow, reach.matrix, spectrum.values)
+    behind, error, e = frequencies.over_frequencies(follow, reach.matrix, spectrum.values)
     growth = reach.growth * (1 + 8 * eps) / jnp.sqrt(1 - jnp.max(e))
     # Aliases are averaged, and so are the squares of their errors at most.
-    behind = spectra.fold(behind, grid)
+    behind = frequencies.fold(behind, grid)
     return _scaled(_Reach(behind, jnp.max(error), _times(reach.scale, scale), growth))
 
 
 def _scaling_error(kernel: Float[Array, "*window in out"]) -> Float[Array, ""]:
-    """By how much rounding the products with the slopes may have changed a layer."""
+    """A bound of the norm of what rounding the products with the slopes adds to a layer."""
     magnitudes = jnp.sum(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 2)))
     scale = power_of_two(magnitudes)
     return scale * magnitude_bound(magnitudes / scale) * 2 * float(jnp.finfo(kernel.dtype).eps)
@@ -313,27 +320,27 @@ def _top(matrices: Inexact[Array, "*grid rows cols"]) -> Float[Array, "*grid"]:
     def top(matrix):
         if len(matrix) < matrix.shape[1]:
             matrix = matrix.T
-        return jnp.linalg.eigvalsh(gram.product(matrix, matrix))[-1]
+        return jnp.linalg.eigvalsh(matrix_product(matrix, matrix))[-1]
 
-    return spectra.over_frequencies(top, matrices)
+    return frequencies.over_frequencies(top, matrices)
 
 
 def _bounds(reach: _Reach) -> ChainBound:
     eps = float(jnp.finfo(reach.error.dtype).eps)
     *grid, dims, _ = reach.matrix.shape
-    frequencies = math.prod(grid)
-    rounded_up = 1 + gamma(frequencies * dims + 16, reach.error.dtype)
+    count = math.prod(grid)
+    rounded_up = 1 + gamma(count * dims + 16, reach.error.dtype)
     factor = _times(reach.scale, reach.growth) * rounded_up
 
     def lengths(vectors):
         # Of a pixel, whose output is the mean over the frequencies, each turned by some angle.
         square = jnp.sum(jnp.abs(vectors) ** 2, axis=tuple(range(len(grid) + 1)))
-        return jnp.sqrt(square / frequencies)
+        return jnp.sqrt(square / count)
 
     # A difference of two columns is off by E times (1, -1), and by its own rounding.
     columns = jnp.moveaxis(reach.matrix, -1, 0)
     pairs = jax.lax.map(lambda column: lengths(column[..., None] - reach.matrix), columns)
-    norm = jnp.max(spectra.over_frequencies(norm_bound, reach.matrix))
+    norm = jnp.max(frequencies.over_frequencies(norm_bound, reach.matrix))
     return ChainBound(
         constant=_times(factor, norm + reach.error),
         outputs=_times(factor, lengths(reach.matrix) + reach.error),
@@ -342,60 +349,67 @@ def _bounds(reach: _Reach) -> ChainBound:
 
 
 def _times(factor: Float[Array, ""], bounds: Float[Array, "*bounds"]) -> Float[Array, "*bounds"]:
-    """A product rounded up where it underflows, and infinite where it is not a number."""
+    """Multiply, rounding up what underflows; infinite where the product is not a number."""
     product = factor * bounds
     positive = (factor > 0) & (bounds > 0)
     product = jnp.where(positive, jnp.maximum(product, jnp.finfo(product.dtype).tiny), product)
     return jnp.where(jnp.isfinite(product), product, jnp.inf)
 
 
-def _chain(layers: Layers, slopes: Slopes) -> tuple[Kinds, Kernels]:
-    """What each layer is but for its kernel, and the kernels, times the slopes between them."""
-    chain = [x if isinstance(x, Linear) else Linear(jnp.asarray(x), Dense()) for x in layers]
-    kernels = [checks.floating("layers", layer.kernel) for layer in chain]
-    if not chain or not all(map(_fits, chain, [None, *chain])):
-        raise ValueError(
-            f"layers: kernels of shapes {[kernel.shape for kernel in kernels]}, expected "
-            "convolutions, if any, and then matrices (in, out), each for what the one before makes."
-        )
+def _chain(layers: Layers, slopes: Slopes) -> Chain:
+    """The layers, each times the slopes before and behind it."""
+    if not all(isinstance(x, Conv) or jnp.ndim(_kernel(x)) == 2 for x in layers):
+        raise _misfit([_kernel(x) for x in layers])
+    chain = [x if isinstance(x, Dense | Conv) else Dense(_kernel(x)) for x in layers]
+    if not chain or not all(itertools.starmap(_follows, itertools.pairwise(chain))):
+        raise _misfit([layer.kernel for layer in chain])
     if len(slopes) != len(chain) - 1:
         raise ValueError(
             f"slopes: {len(slopes)} for {len(chain)} layers, expected one between each two."
         )
-    dtype = jnp.promote_types(jnp.result_type(*kernels), jnp.float32)
+    dtype = jnp.result_type(*(layer.kernel for layer in chain))
     # Half of each on either side, so that a unit of slope 0 is out of the chain altogether.
     rounded_up = 1 + 2 * float(jnp.finfo(dtype).eps)
     halves = [
-        jnp.sqrt(jnp.broadcast_to(jnp.asarray(slope, dtype), kernel.shape[-1:])) * rounded_up
-        for slope, kernel in zip(slopes, kernels[:-1], strict=True)
+        jnp.sqrt(jnp.broadcast_to(jnp.asarray(slope, dtype), layer.output_shape[-1:])) * rounded_up
+        for slope, layer in zip(slopes, chain[:-1], strict=True)
     ]
-    scaled = [kernel.astype(dtype) for kernel in kernels]
+    kernels = [layer.kernel.astype(dtype) for layer in chain]
     for i, half in enumerate(halves):
-        scaled[i] *= _along_last(half, scaled[i])
-        scaled[i + 1] = _times_inputs(chain[i + 1].kind, scaled[i + 1], half)
-    return tuple(layer.kind for layer in chain), scaled
+        kernels[i] *= _along_last(half, kernels[i])
+        kernels[i + 1] = _times_inputs(chain[i + 1], kernels[i + 1], half)
+    return tuple(
+        dataclasses.replace(layer, kernel=kernel)
+        for layer, kernel in zip(chain, kernels, strict=True)
+    )
 
 
-def _fits(layer: Linear, before: Linear | None) -> bool:
-    """Whether a layer takes what the one before it makes, if there is one."""
-    kind, shape = layer.kind, jnp.shape(layer.kernel)
-    if isinstance(kind, Dense) and len(shape) != 2:
-        return False
-    if before is None:
-        return True
-    made = before.kind.output_shape(jnp.shape(before.kernel))
-    return kind.input_shape(shape) in (made, (math.prod(made),))
+def _kernel(layer: Float[ArrayLike, "in out"] | Layer) -> Float[Array, "*kernel"]:
+    return checks.floating("layers", layer.kernel if isinstance(layer, Dense | Conv) else layer)
+
+
+def _misfit(kernels: Sequence[Float[Array, "*kernel"]]) -> ValueError:
+    return ValueError(
+        f"layers: kernels of shapes {[kernel.shape for kernel in kernels]}, expected "
+        "convolutions, if any, and then matrices (in, out), each for what the one before makes."
+    )
+
+
+def _follows(before: Layer, layer: Layer) -> bool:
+    """Whether a layer takes the output of the one before it, as it is or flattened."""
+    made = before.output_shape
+    return layer.input_shape in (made, (math.prod(made),))
 
 
 def _times_inputs(
-    kind: Dense | Convolution, kernel: Float[Array, "*kernel"], factors: Float[Array, " channels"]
+    layer: Layer, kernel: Float[Array, "*kernel"], factors: Float[Array, " channels"]
 ) -> Float[Array, "*kernel"]:
     """The kernel for inputs multiplied by a factor for each unit, or channel of a pixel."""
-    if isinstance(kind, Dense):
+    if isinstance(layer, Dense):
         return kernel * jnp.tile(factors, len(kernel) // len(factors))[:, None]
     *_, inputs, outputs = kernel.shape
-    of_groups = factors.reshape(kind.groups, inputs).T
-    of_pairs = jnp.repeat(of_groups, outputs // kind.groups, axis=1)
+    of_groups = factors.reshape(layer.groups, inputs).T
+    of_pairs = jnp.repeat(of_groups, outputs // layer.groups, axis=1)
     return kernel * jnp.expand_dims(of_pairs, tuple(range(kernel.ndim - 2)))
 
 

@@ -1,4 +1,4 @@
-"""Norms of linear functions estimated from below, by products with them and their transposes."""
+"""LOWER estimates of the norms of linear functions, from products with them and transposes."""
 
 import math
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from advjax import checks, losses
+from advjax.lipschitz.linear.rounding import power_of_two
 
 LinearFn = Callable[[Float[Array, "*shape"]], Float[Array, "*out"]]
 
@@ -47,7 +48,7 @@ class LanczosEstimate(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A singular value with its unit vectors, as far as they are known: `A right = value left`."""
+    """An approximate singular value with its unit vectors: `A right = value left`."""
 
     value: Float[Array, ""]
     left: Float[Array, "*out"]
@@ -85,7 +86,8 @@ def power_iteration(
         TypeError: If `like` is not floating.
         ValueError: If `num_starts` or `num_steps` is not a positive integer, or `tol` is negative.
 
-    Source: the paper's section 4.3 asks for operator norms; Golub and Van Loan (2013), section 8.2.
+    Reference: Szegedy et al. (2013), section 4.3, asks for operator norms; Golub and Van Loan
+    (2013), section 8.2, for the method.
     """
     num_starts = checks.positive_int("num_starts", num_starts)
     num_steps = checks.positive_int("num_steps", num_steps)
@@ -107,6 +109,28 @@ def power_iteration(
     _, pairs, count = jax.lax.while_loop(unfinished, step, (starts, zeros, jnp.int32(0)))
     best = _best(pairs)
     return Estimate(best.value, best.residual, count)
+
+
+def power_step(
+    linear_fn: LinearFn, vector: Float[Array, "*shape"], *, num_steps: int = 1
+) -> Float[Array, "*shape"]:
+    """Turn a vector towards the one that a linear function stretches most.
+
+    Args:
+        linear_fn: A linear function of one array, such as a layer without its bias.
+        vector: A vector that is not 0, such as that of the step before.
+        num_steps: How many steps of power iteration to take.
+
+    Returns:
+        A vector of length 1, or 0 where the function makes 0 of it.
+    """
+    transpose = jax.linear_transpose(linear_fn, vector)
+
+    def step(_, vector):
+        (image,) = transpose(unit(linear_fn(vector)))
+        return unit(image)
+
+    return jax.lax.fori_loop(0, num_steps, step, unit(vector), unroll=num_steps <= 2)
 
 
 def lanczos(
@@ -141,7 +165,7 @@ def lanczos(
         ValueError: If `num_starts` or `num_steps` is not a positive integer, or
             `failure_probability` is not in (0, 1).
 
-    Source: Kuczynski and Wozniakowski (1992), theorem 4.1(b): a start fails to come within the
+    Reference: Kuczynski and Wozniakowski (1992), theorem 4.1(b): a start fails to come within the
     relative error e of the largest eigenvalue with probability at most
     `1.648 sqrt(n) exp(-sqrt(e) (2 k - 1))` after k steps in n dimensions.
     """
@@ -161,7 +185,7 @@ def lanczos(
 def top_pair(
     linear_fn: LinearFn, like: Float[Array, "*shape"] | jax.ShapeDtypeStruct, *, num_steps: int = 30
 ) -> Pair:
-    """The largest singular value that Lanczos finds from a fixed start, with its vectors."""
+    """Find the largest singular value with its vectors by Lanczos, from a fixed start."""
     return _lanczos(linear_fn, like, jax.random.key(0), 1, num_steps)[0]
 
 
@@ -188,7 +212,7 @@ class _Operator(NamedTuple):
 def _both_sides(
     linear_fn: LinearFn, like: Any
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, LinearFn]:
-    """What goes in, what comes out, and the transpose; an error unless floating and linear."""
+    """The input's and output's shapes, and the transpose; an error unless floating and linear."""
     like = jax.ShapeDtypeStruct(like.shape, like.dtype)
     if not jnp.issubdtype(like.dtype, jnp.floating):
         raise TypeError(f"like: dtype {like.dtype}, expected a floating one such as float32.")
@@ -268,10 +292,3 @@ def unit(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     x = x / jax.lax.stop_gradient(power_of_two(x))  # whose squares neither underflow nor overflow
     norm = losses.l2(x)
     return x / jnp.where(norm > 0, norm, 1)
-
-
-def power_of_two(x: Array) -> Float[Array, ""]:
-    """The power of two just above the largest magnitude in an array; 1 if that is 0."""
-    largest = jnp.max(jnp.abs(x), initial=0)
-    fraction, _ = jnp.frexp(largest)
-    return jnp.where(largest > 0, largest / jnp.where(largest > 0, fraction, 1), 1)  # exact

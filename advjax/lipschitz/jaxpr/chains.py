@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from advjax.lipschitz import elementwise
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.intervals import largest_slope
-from advjax.lipschitz.norms import Dense, Linear
-from advjax.lipschitz.rules import convolution
-from advjax.lipschitz.signals import Operation, Signal
+from advjax.lipschitz.jaxpr import elementwise
+from advjax.lipschitz.jaxpr.intervals import largest_slope
+from advjax.lipschitz.jaxpr.products import Layer, Product, Window, convolution, product
+from advjax.lipschitz.jaxpr.values import Operation, Signal
 
 # Elementwise and nondecreasing, with the largest slope.
 _SLOPES = {
@@ -22,7 +20,8 @@ _SLOPES = {
         for name, row in elementwise.TABLE.items()
         if row.increasing and math.isfinite(row.slope)
     },
-    **dict.fromkeys(["max", "min", "clamp", "celu"], 1.0),
+    "celu": elementwise.PARAMETRIC["celu"].row(1.0).slope,  # that of every celu that increases
+    **dict.fromkeys(["max", "min", "clamp"], 1.0),
     **dict.fromkeys(["add", "add_any", "sub", "copy", "copy_p", "stop_gradient"], 1.0),
 }
 _ORDERED = ("clamp", "sub")  # nondecreasing in one of their operands only
@@ -36,40 +35,40 @@ class Chain(NamedTuple):
     """Convolutions and dense layers, and the largest slopes between them.
 
     Attributes:
-        start: What the first is applied to.
+        start: The operand of the first layer.
         layers: Convolutions before dense layers.
-        slopes: Of what is between each two; of each unit, where the bound is a local one.
-        steepest: The same for a bound that is not.
+        slopes: The largest slope between each two layers; for each unit in a local bound.
+        steepest: The largest slope anywhere between each two layers.
     """
 
     start: Signal
-    layers: tuple[Linear, ...]
+    layers: tuple[Layer, ...]
     slopes: tuple[Slope, ...]
     steepest: tuple[float, ...]
 
 
 class _Link(NamedTuple):
-    """An operation that is a layer: of one example, and the same for all along the other axes.
+    """An operation that applies a layer to each example along its other axes.
 
     Attributes:
-        signal: What it is applied to.
+        signal: The operand.
         layer: The layer.
-        inputs: The axes of the signal that hold one example, in the layer's order.
-        outputs: Those of the result.
+        inputs: The axes of the operand that hold one example, in the layer's order.
+        outputs: The same axes of the result.
     """
 
     signal: Signal
-    layer: Linear
+    layer: Layer
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
 
 
 def ending(op: Operation) -> Chain | None:
-    """The longest chain whose last layer is an operation; None unless it is one."""
+    """Find the longest chain that ends in an operation; None if that is no layer."""
     link = _link(op)
     if link is None:
         return None
-    layers: list[Linear] = []
+    layers: list[Layer] = []
     slopes: list[tuple[Slope, float]] = []
     while (join := _join(link)) is not None:
         layers.append(join.layer)
@@ -82,7 +81,7 @@ def ending(op: Operation) -> Chain | None:
 
 
 def along_units(op: Operation, values: Float[Array, " units"]) -> Float[Array, "*units"]:
-    """Values for the units or channels of a layer, shaped to be broadcast to its result."""
+    """Reshape values for the units or channels of a layer to broadcast with its result."""
     link = _link(op)
     assert link is not None
     return jnp.expand_dims(values, tuple(a for a in range(len(op.shape)) if a != link.outputs[-1]))
@@ -94,7 +93,7 @@ def is_link(op: Operation) -> bool:
 
 
 def last_dense(signal: Signal) -> Operation | None:
-    """The dense layer that a signal is but for a bias."""
+    """The dense layer that computes a value, ignoring biases."""
     while signal.layer is not None and _slope(signal.layer, _SHIFTS) is not None:
         (signal,) = signal.layer.signals
     op = signal.operation
@@ -105,6 +104,8 @@ def last_dense(signal: Signal) -> Operation | None:
 
 
 def _link(op: Operation) -> _Link | None:
+    if not all(math.prod(shape) for shape in (op.shape, *map(np.shape, op.inputs))):
+        return None  # a layer without entries ends a chain: its constant is 0
     return _dense(op) or _convolution(op)
 
 
@@ -114,11 +115,12 @@ def _dense(op: Operation) -> _Link | None:
     contract, batch = op.params["dimension_numbers"]
     side = 0 if isinstance(op.inputs[1], Signal) else 1
     kernel, signal = op.inputs[side], op.inputs[1 - side]
-    if batch[0] or len(contract[0]) != 1 or kernel.ndim != 2:
+    is_real = jnp.issubdtype(jnp.result_type(kernel), jnp.floating)
+    if batch[0] or len(contract[0]) != 1 or kernel.ndim != 2 or not is_real:
         return None
-    matrix = kernel if contract[side] == (0,) else kernel.T
+    (matrix,) = product(op).kernel
     units = len(op.shape) - 1 if side == 1 else 0
-    return _Link(signal, Linear(matrix, Dense()), tuple(contract[1 - side]), (units,))
+    return _Link(signal, Product(matrix), tuple(contract[1 - side]), (units,))
 
 
 def _convolution(op: Operation) -> _Link | None:
@@ -134,7 +136,7 @@ def _convolution(op: Operation) -> _Link | None:
     return _Link(signal, convolution(op), *axes)
 
 
-# What is between two layers
+# Between two layers
 
 
 class _Join(NamedTuple):
@@ -143,12 +145,12 @@ class _Join(NamedTuple):
     Attributes:
         before: The first.
         layer: The second, for the units of the first in their order.
-        slope: The largest slope between them; of each unit, where the bound is a local one.
-        steepest: The same for a bound that is not.
+        slope: The largest slope between them; for each unit in a local bound.
+        steepest: The largest slope anywhere.
     """
 
     before: _Link
-    layer: Linear
+    layer: Layer
     slope: Slope
     steepest: float
 
@@ -181,7 +183,7 @@ def _join(link: _Link) -> _Join | None:
     layer = _taking(link, before, _rows(places, link.inputs), _rows(made, before.outputs))
     if layer is None:
         return None
-    if isinstance(before.layer.kind, Convolution):
+    if isinstance(before.layer, Window):
         local = steepest  # of a channel's many pixels one is nearly always as steep
     elif isinstance(local, jax.Array):
         local = jnp.max(_rows(local.reshape(signal.shape), before.outputs), axis=0, initial=0)
@@ -193,8 +195,11 @@ def _taking(
     before: _Link,
     taken: Int[np.ndarray, "examples units"],
     made: Int[np.ndarray, "others outputs"],
-) -> Linear | None:
-    """A layer for the units of the one before in their order; None if it mixes examples of that."""
+) -> Layer | None:
+    """The layer with its inputs in the order of the units before it.
+
+    None if one example of it reads several examples of the layer before.
+    """
     numbers = np.empty(made.size, int)
     numbers[made] = np.arange(made.size).reshape(made.shape)
     examples, units = np.divmod(numbers[taken], made.shape[1])
@@ -202,12 +207,9 @@ def _taking(
     same = np.all(examples == examples[:, :1]) and np.all(units == order)
     if taken.shape[1] != made.shape[1] or not same:
         return None
-    kernel, kind = link.layer
-    if isinstance(kind, Dense):
-        return Linear(kernel[np.argsort(order)], kind)
-    is_image = before.layer.kind.output_shape(before.layer.kernel.shape) == kind.input_shape(
-        kernel.shape
-    )
+    if isinstance(link.layer, Product):
+        return Product(link.layer.kernel[np.argsort(order)])
+    is_image = before.layer.output_shape == link.layer.input_shape
     return link.layer if is_image and np.all(order == np.arange(len(order))) else None
 
 

@@ -1,4 +1,4 @@
-"""How each primitive acts on Lipschitz constants, and the table of them.
+"""The table of rules: how each primitive acts on Lipschitz constants.
 
 A rule takes an `Operation` and returns a constant, in L2, that holds for each of its results, or a
 list with one for each (or the error that tells why it has none). Where it returns the very constant
@@ -17,11 +17,17 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array, Float
 
-from advjax.lipschitz import elementwise, intervals
-from advjax.lipschitz.convolution import Convolution
-from advjax.lipschitz.norms import Dense, Linear, conv, upper_norm
-from advjax.lipschitz.scaled import Scaled, aligned, highest, scaled
-from advjax.lipschitz.signals import Interval, Operation, Scalar, Signal, concrete, known_now
+from advjax.lipschitz.jaxpr import elementwise, intervals
+from advjax.lipschitz.jaxpr.scaled import Scalar, Scaled, aligned, highest, scaled
+from advjax.lipschitz.jaxpr.values import (
+    OWN_FUNCTION,
+    Interval,
+    NotLipschitzError,
+    Operation,
+    Signal,
+    concrete,
+    known_now,
+)
 
 Rule = Callable[[Operation], Any]
 
@@ -31,28 +37,10 @@ RULES: dict[str, Rule] = {}
 FUNCTION_RULES: dict[Callable, Rule] = {}
 
 
-class NotLipschitzError(ValueError):
-    """An operation has no Lipschitz constant that holds for every input, or none is known.
-
-    Attributes:
-        remedy: What would help; by default a rule of one's own.
-    """
-
-    def __init__(self, message: str, remedy: str = ""):
-        super().__init__(message)
-        self.remedy = remedy
-
-
 _BOUNDED = (
     "Bound the function in a `box` or within a `radius`, or keep what it is computed from bounded, "
     "as by jnp.tanh or jnp.clip; or put what it is a part of in a function under jax.jit and tell "
     "that function's constant with lipschitz.register_rule."
-)
-
-
-_OWN_FUNCTION = (
-    "Put what it is a part of in a function under jax.jit and tell that function's constant with "
-    "lipschitz.register_rule."
 )
 
 
@@ -100,7 +88,7 @@ def register_rule(operation: str | Callable, rule: Rule) -> None:
 
 
 def function_rule(eqn: core.JaxprEqn) -> tuple[str, Rule] | None:
-    """The name and the rule of the registered function that an equation calls, if it does."""
+    """Find the name and the rule of the registered function that an equation calls, if any."""
     for function, rule in FUNCTION_RULES.items():
         name = function.__name__
         if eqn.params.get("name", name) == name and _calls(eqn, function):
@@ -109,7 +97,7 @@ def function_rule(eqn: core.JaxprEqn) -> tuple[str, Rule] | None:
 
 
 def _calls(eqn: core.JaxprEqn, function: Callable) -> bool:
-    """Whether an equation is what a function is traced to, for arrays like those it is applied to.
+    """Whether an equation is what tracing a function for the same operands gives.
 
     Names tell nothing: `vmap`, `grad` and closures all make other functions of the same name.
     """
@@ -200,7 +188,7 @@ def _same_program(one: core.Jaxpr, other: core.Jaxpr) -> bool:
 
 
 def constants(layer: Operation, rule: Rule, results: int = 1) -> list[Scaled | NotLipschitzError]:
-    """The constants of an operation's results by its rule, rounded up.
+    """Compute the constants of an operation's results by its rule, rounded up.
 
     The rules of this module see all constants divided by the same power of two, so that nothing
     that they compute underflows.
@@ -228,7 +216,7 @@ def constants(layer: Operation, rule: Rule, results: int = 1) -> list[Scaled | N
 
 
 def constant(layer: Operation, rule: Rule) -> Scaled:
-    """The constant of the one result of an operation by its rule, rounded up."""
+    """Compute the constant of the one result of an operation by its rule, rounded up."""
     found = constants(layer, rule)[0]
     if isinstance(found, NotLipschitzError):
         raise found
@@ -236,17 +224,17 @@ def constant(layer: Operation, rule: Rule) -> Scaled:
 
 
 def homogeneous(rule: Rule) -> Rule:
-    """Mark a rule whose result is multiplied by a factor if all constants are."""
+    """Mark a rule as homogeneous: scaling all constants scales its result."""
     rule.homogeneous = True  # type: ignore[attr-defined]
     return rule
 
 
 def _only(op: Operation, allowed: slice = slice(1)) -> Signal:
-    """The one signal among the inputs, which must be among the allowed ones."""
+    """The one operand that depends on the input, which must be one of the allowed operands."""
     rest = op.signals
     if len(rest) != 1 or not any(x is rest[0] for x in op.inputs[allowed]):
         raise NotLipschitzError(
-            "more than its operand depends on the input of the function", _OWN_FUNCTION
+            "more than its operand depends on the input of the function", OWN_FUNCTION
         )
     return rest[0]
 
@@ -283,7 +271,7 @@ def _sum(op: Operation) -> Scalar:
 
 
 def _joint(op: Operation) -> Scalar:
-    """Results of which each entry is one of the inputs' entries, or 1-Lipschitz in them."""
+    """Each entry of the result is an entry of one operand, or 1-Lipschitz in all of them."""
     return _hypot(*(_spread(op, signal) for signal in op.signals))
 
 
@@ -330,7 +318,7 @@ def _largest_of(value: Any) -> Scalar:
 
 
 def _magnitude(signal: Signal, why: str) -> Scalar:
-    """The largest magnitude of the entries of a signal; an error if it is known to have none."""
+    """The largest magnitude of the entries of a signal; an error if that has no bound."""
     lower, upper = map(_largest, intervals.anywhere(signal))
     if isinstance(lower, float) and isinstance(upper, float):
         found: Scalar = max(lower, upper)
@@ -375,19 +363,19 @@ def _convert(op: Operation) -> Scalar:
     if jnp.issubdtype(new, jnp.inexact) and new.itemsize > 1:
         # Rounding to 16 bits or more is that of the arithmetic, which bounds leave out.
         return _only(op).constant
-    raise NotLipschitzError(f"rounding to {new} is not continuous", _OWN_FUNCTION)
+    raise NotLipschitzError(f"rounding to {new} is not continuous", OWN_FUNCTION)
 
 
 def _reduce_precision(op: Operation) -> Scalar:
     info = jnp.finfo(_only(op).dtype)
     kept = op.params["mantissa_bits"] >= info.nmant and op.params["exponent_bits"] >= info.nexp
     if not kept:
-        raise NotLipschitzError("rounding to fewer bits is not continuous", _OWN_FUNCTION)
+        raise NotLipschitzError("rounding to fewer bits is not continuous", OWN_FUNCTION)
     return _only(op).constant
 
 
 def _elementwise(op: Operation) -> Scalar:
-    """A function without a largest slope, where its input is known to lie."""
+    """A function of the table: its largest slope, anywhere or where its operand lies."""
     row = elementwise.row(op)
     signal = _only(op)
     assert row is not None
@@ -401,24 +389,24 @@ def _elementwise(op: Operation) -> Scalar:
 
 
 def _sort(op: Operation) -> list[Scalar | NotLipschitzError]:
-    """Sorting is 1-Lipschitz; where it puts anything else is not continuous in what it sorts."""
+    """Sorted keys are 1-Lipschitz; the order in which they put other operands jumps."""
     keys = op.inputs[: op.params["num_keys"]]
     if not any(isinstance(key, Signal) for key in keys):
         return [x.constant if isinstance(x, Signal) else 0.0 for x in op.inputs]
     first = keys[0].constant if isinstance(keys[0], Signal) else 0.0
-    moved = NotLipschitzError("where an entry is put jumps with what is sorted", _OWN_FUNCTION)
+    moved = NotLipschitzError("where an entry is put jumps with what is sorted", OWN_FUNCTION)
     return [first, *[moved] * (len(op.inputs) - 1)]
 
 
 def _select(op: Operation) -> Scalar:
     which, *_ = op.inputs
     if isinstance(which, Signal):
-        raise NotLipschitzError("the choice depends on the input of the function", _OWN_FUNCTION)
+        raise NotLipschitzError("the choice depends on the input of the function", OWN_FUNCTION)
     return _joint(op)
 
 
 def _transform(op: Operation) -> Scalar:
-    """A discrete Fourier transform; of half a spectrum each entry but two counts twice."""
+    """A discrete Fourier transform. All but two entries of half a spectrum count twice."""
     length = math.prod(op.params["fft_lengths"])
     kind = jax.lax.FftType(op.params["fft_type"]).name
     norms = {
@@ -428,115 +416,37 @@ def _transform(op: Operation) -> Scalar:
         "IRFFT": math.sqrt(2 / length) if length else 0.0,
     }
     if kind not in norms:
-        raise NotLipschitzError(f"there is no rule for {kind}", _OWN_FUNCTION)
+        raise NotLipschitzError(f"there is no rule for {kind}", OWN_FUNCTION)
     return norms[kind] * _only(op).constant
 
 
-def _linear(op: Operation) -> Scalar:
-    if not math.prod(op.shape) or not all(math.prod(np.shape(x)) for x in op.inputs):
-        return 0.0
-    if len(op.signals) == 2:
-        return _bilinear(op)
-    layer, kernels = linear_layer(op)
-    return _largest_norm(layer, kernels) * op.signals[0].constant
-
-
-def _bilinear(op: Operation) -> Scalar:
-    """`X Y - X' Y' = X (Y - Y') + (X - X') Y'`, each factor by the norm of its magnitudes."""
+def bilinear(op: Operation) -> Scalar:
+    """`X Y - X' Y' = X (Y - Y') + (X - X') Y'`, with the Frobenius norms of X and Y'."""
     if op.name != "dot_general":
-        raise NotLipschitzError("the kernel depends on the input of the function", _OWN_FUNCTION)
+        raise NotLipschitzError("the kernel depends on the input of the function", OWN_FUNCTION)
     _, batch = op.params["dimension_numbers"]
     norms = []
     for side, signal in enumerate(op.inputs):
         _magnitude(signal, "both factors depend on the input of the function")
-        lower, upper = intervals.anywhere(signal)
-        squares = jnp.square(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
-        others = [a for a in range(squares.ndim) if a not in batch[side]]
-        # The length of all entries of a factor, at most 2 sums of squares in float32.
-        length = jnp.sqrt(jnp.max(jnp.sum(squares, axis=tuple(others)), initial=0))
-        norms.append(length * (1 + squares.size * float(jnp.finfo(squares.dtype).eps)))
+        norms.append(_length(intervals.anywhere(signal), batch[side]))
     left, right = op.inputs
     return norms[0] * right.constant + norms[1] * left.constant
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _largest_norm(
-    layer: Dense | Convolution, kernels: Float[Array, "blocks *kernel"]
-) -> Float[Array, ""]:
-    return jnp.max(jax.lax.map(functools.partial(upper_norm, layer), kernels))
-
-
-def linear_layer(op: Operation) -> tuple[Dense | Convolution, Float[Array, "blocks *kernel"]]:
-    """The layer that a product or a convolution is, and its kernels, that see different inputs."""
-    return LINEAR[op.name](op)
-
-
-def _dot_general(op: Operation) -> tuple[Dense, Float[Array, "blocks in out"]]:
-    contract, batch = op.params["dimension_numbers"]
-    side = 0 if isinstance(op.inputs[1], Signal) else 1
-    kernel = _in_float32(op.inputs[side])
-    contracted, batched = contract[side], batch[side]
-    free = [a for a in range(kernel.ndim) if a not in (*contracted, *batched)]
-    kernel = jnp.transpose(kernel, (*batched, *contracted, *free))
-    rows = math.prod(kernel.shape[len(batched) : len(batched) + len(contracted)])
-    blocks = math.prod(kernel.shape[: len(batched)])
-    # The axes that only the signal has repeat the product, which does not change the norm.
-    kernel = kernel.reshape(blocks, rows, -1)
-    if jnp.iscomplexobj(kernel):  # as a real matrix, of real and imaginary parts
-        kernel = jnp.concatenate(
-            [
-                jnp.concatenate([kernel.real, kernel.imag], 2),
-                jnp.concatenate([-kernel.imag, kernel.real], 2),
-            ],
-            1,
-        )
-    return Dense(), kernel
-
-
-def _in_float32(kernel: Any) -> Array:
-    """A kernel in the precision that bounds are computed in: at least float32."""
-    kernel = jnp.asarray(kernel)
-    return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-
-
-def _convolution(op: Operation) -> tuple[Dense | Convolution, Float[Array, "1 *window in out"]]:
-    kernel, layer = convolution(op)
-    return layer, kernel[None]
-
-
-def convolution(op: Operation) -> Linear:
-    """The convolution that an operation is; NotLipschitzError if it is another function."""
-    params = op.params
-    signal = op.inputs[0]
-    if isinstance(op.inputs[1], Signal):
-        raise NotLipschitzError("the kernel depends on the input of the function", _OWN_FUNCTION)
-    if params["batch_group_count"] != 1:
-        raise NotLipschitzError("batch_group_count is not supported", _OWN_FUNCTION)
-    lhs, rhs, _ = params["dimension_numbers"]
-    kernel = jnp.transpose(_in_float32(op.inputs[1]), (*rhs[2:], rhs[1], rhs[0]))
-    # Zeros put between the pixels leave the norm of the image as it is.
-    size = [
-        max((signal.shape[axis] - 1) * d + 1, 0)
-        for axis, d in zip(lhs[2:], params["lhs_dilation"], strict=True)
-    ]
-    return conv(
-        kernel,
-        (*size, signal.shape[lhs[1]]),
-        strides=params["window_strides"],
-        padding=params["padding"],
-        dilation=params["rhs_dilation"],
-        groups=params["feature_group_count"],
-    )
-
-
-LINEAR: dict[str, Callable[[Operation], tuple[Dense | Convolution, Array]]] = {
-    "dot_general": _dot_general,
-    "conv_general_dilated": _convolution,
-}
+@known_now
+def _length(interval: Interval, batched: tuple[int, ...]) -> Float[Array, ""]:
+    """The largest L2 norm of entries in an interval, over the positions along the batched axes."""
+    magnitudes = jnp.maximum(jnp.abs(interval.lower), jnp.abs(interval.upper))
+    largest = jnp.max(magnitudes, initial=0)
+    # Scaled, so that no square underflows or overflows.
+    squares = jnp.square(magnitudes / jnp.where(largest > 0, largest, 1))
+    others = tuple(a for a in range(squares.ndim) if a not in batched)
+    length = jnp.sqrt(jnp.max(jnp.sum(squares, axis=others), initial=0))
+    return largest * length * (1 + squares.size * float(jnp.finfo(squares.dtype).eps))
 
 
 def _windows(op: Operation) -> list[np.ndarray]:
-    """For each axis the matrix (positions, windows) of what each window covers."""
+    """For each axis the matrix (positions, windows) that marks what each window covers."""
     params = op.params
     return [
         _window(*axis)
@@ -564,14 +474,14 @@ def _window(size, window, stride, padding, base_dilation, dilation):
 
 
 def _max_pool(op: Operation) -> Scalar:
-    # A result moves by no more than the largest move in its window, and an entry is in so many.
+    # A result changes by at most the largest change in its window.
     overlap = math.prod(w.sum(1).max(initial=0) for w in _windows(op))
     constant = _only(op).constant
     return constant if overlap <= 1 else math.sqrt(overlap) * constant
 
 
 def _sum_pool(op: Operation) -> Scalar:
-    # The Kronecker product of the sums along each axis.
+    # The sum over windows is the Kronecker product of the sums along each axis.
     norm = math.prod(np.linalg.norm(w, 2) if w.size else 0.0 for w in _windows(op))
     return float(norm) * (1 + 1e-12) * _only(op).constant
 
@@ -583,7 +493,7 @@ def _cumsum(op: Operation) -> Scalar:
 
 
 def _gather(op: Operation) -> Scalar:
-    """As many copies of an entry as the indices ask for."""
+    """Every index makes a copy of an entry: the norm is the root of the most copies."""
     signal, *indices = op.inputs
     _only(op)
 
@@ -625,7 +535,6 @@ RULES |= {
     "top_k": _gain(1),
     "fft": _transform,
     "select_n": _select,
-    **dict.fromkeys(LINEAR, _linear),
     "reduce_window_max": _max_pool,
     "reduce_window_min": _max_pool,
     "reduce_window_sum": _sum_pool,

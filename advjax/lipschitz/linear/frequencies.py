@@ -1,4 +1,4 @@
-"""Layers of a chain at the frequencies of a circle, on which a zero-padded convolution is cyclic.
+"""Layers of a chain in the frequency domain of cyclic grids that contain zero-padded convolutions.
 
 On circles that are large enough (`Axis.circle`) a chain of convolutions with zero padding is one of
 cyclic convolutions, if what lies outside of each layer's outputs is set to 0. That is the work of
@@ -16,7 +16,7 @@ So a layer of stride s takes the direct sum of the inputs at s frequencies, and 
 an image, whose window is the image, takes that of all of them. By Parseval's theorem lengths and
 inner products are sums over the frequencies.
 
-Source: Pauli, Gramlich and Allgoewer (2023), arXiv:2211.15253, for convolutions in LipSDP, one
+Reference: Pauli, Gramlich and Allgoewer (2023), arXiv:2211.15253, for convolutions in LipSDP, one
 axis of them and in state space.
 """
 
@@ -30,15 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from advjax.lipschitz.convolution import BATCH, Convolution, turns_of, weighted_taps
-from advjax.lipschitz.norms import Dense
+from advjax.lipschitz.linear.layers import BATCH, Conv, Layer, turns_of, weighted_taps
 
 Grid = tuple[int, ...]
 """The sizes of a circle for each spatial axis; empty for a vector."""
 
 
 class Spectrum(NamedTuple):
-    """The matrices K of a layer, times `s^(-1/2)`: one alone for a dense layer behind another.
+    """The matrices K of a layer, times `s^(-1/2)`: one matrix for a dense layer after another.
 
     Attributes:
         values: For each frequency of the inputs.
@@ -51,9 +50,9 @@ class Spectrum(NamedTuple):
     relative: float
 
 
-def grids(layers: Sequence[Dense | Convolution]) -> list[Grid]:
-    """The circles before the first layer and behind each; convolutions come before dense layers."""
-    convolutions = [layer for layer in layers if isinstance(layer, Convolution)]
+def grids(layers: Sequence[Layer]) -> list[Grid]:
+    """The circles before the first layer and after each; convolutions come before dense layers."""
+    convolutions = [layer for layer in layers if isinstance(layer, Conv)]
     found: list[Grid] = [()] * (len(layers) + 1)
     if not convolutions:
         return found
@@ -67,30 +66,26 @@ def grids(layers: Sequence[Dense | Convolution]) -> list[Grid]:
     return found
 
 
-def spectra(
-    layers: Sequence[Dense | Convolution], kernels: Sequence[Float[Array, "*kernel"]]
-) -> list[Spectrum]:
-    """Each layer at the frequencies of its inputs; the kernels may be off by four roundings."""
+def spectra(layers: Sequence[Layer]) -> list[Spectrum]:
+    """Transform each layer to the frequencies of its inputs, with room for four roundings."""
     shape: tuple[int, ...] = ()
     found = []
-    for layer, kernel, (before, behind) in zip(
-        layers, kernels, itertools.pairwise(grids(layers)), strict=True
-    ):
+    for layer, (before, behind) in zip(layers, itertools.pairwise(grids(layers)), strict=True):
         offsets: list[np.ndarray] = []
-        window = kernel
-        if isinstance(layer, Convolution):
+        window = layer.kernel
+        if isinstance(layer, Conv):
             offsets = [axis.offsets for axis in layer.axes]
-            window = _ungrouped(kernel, layer.groups)
+            window = _ungrouped(layer.kernel, layer.groups)
         elif before:  # a window of the image's size
             offsets = [np.arange(size) for size in shape[:-1]]
-            window = kernel.reshape(*shape, kernel.shape[-1])
+            window = layer.kernel.reshape(*shape, layer.kernel.shape[-1])
         found.append(_spectrum(window, offsets, before, behind))
-        shape = layer.output_shape(kernel.shape)
+        shape = layer.output_shape
     return found
 
 
 def fold(matrices: Inexact[Array, "*grid dims units"], grid: Grid) -> Inexact[Array, "..."]:
-    """The matrices whose rows are those of all aliases, on the circle behind a layer.
+    """Stack the rows of all aliases: the matrices on the circle after a layer.
 
     Where that is none, the one matrix is real: it has the real parts and the imaginary ones as
     rows, which gives the same real combinations of rows the same length.
@@ -146,7 +141,7 @@ def _ungrouped(
 def over_frequencies(
     function: Callable[..., PyTree[Array]], *matrices: Inexact[Array, "*grid rows cols"]
 ) -> PyTree[Array]:
-    """A function of matrices at each frequency, of no more of them at once than fit in memory."""
+    """Apply a function to the matrices at each frequency, in batches that fit in memory."""
     grid = matrices[0].shape[:-2]
     if not grid:
         return function(*matrices)

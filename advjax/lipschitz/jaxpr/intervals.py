@@ -1,11 +1,11 @@
-"""Between what the entries of an intermediate result are, and how steep activations are there.
+"""Intervals that the entries of intermediate results lie in, and the slopes of activations there.
 
-Bounds are propagated entry by entry, rounded outwards: what they hold for is the function in exact
-arithmetic. A linear operation T takes `[m - r, m + r]` to `T m` plus or minus `|T| r`. In floating
-point T m is off by at most gamma(k) |T| |m| for sums of k terms (Higham, 2002, chapter 3), and the
-sum |T| r by gamma(k) of itself.
+Intervals are propagated entry by entry and rounded outwards, so that they hold for the function in
+exact arithmetic. A linear operation T takes `[m - r, m + r]` to `T m` plus or minus `|T| r`. In
+floating point T m is off by at most gamma(k) |T| |m| for sums of k terms (Higham, 2002, chapter 3),
+and the sum |T| r by gamma(k) of itself.
 
-Source: Gowal et al. (2018) for the propagation of intervals through networks.
+Reference: Gowal et al. (2018) for the propagation of intervals through networks.
 """
 
 import functools
@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from advjax.lipschitz import elementwise
-from advjax.lipschitz.elementwise import Elementwise
-from advjax.lipschitz.gram import gamma
-from advjax.lipschitz.signals import Interval, Operation, Signal, known_now
+from advjax.lipschitz.jaxpr import elementwise
+from advjax.lipschitz.jaxpr.elementwise import Elementwise
+from advjax.lipschitz.jaxpr.values import Interval, Operation, Signal, known_now
 
 # Exact, and nondecreasing in each input that may be a signal.
 _ORDERED = frozenset(
@@ -39,7 +39,7 @@ _ULPS = 64  # more than elementary functions and a few operations after them are
 def enclosure(  # noqa: PLR0911
     op: Operation, inputs: Sequence[Any]
 ) -> Interval | None:
-    """What the entries of a result are between.
+    """Enclose the entries of the result of an operation.
 
     Args:
         op: An operation.
@@ -59,10 +59,16 @@ def enclosure(  # noqa: PLR0911
     row = elementwise.row(op)
     if row is not None:
         return _image(row, Interval(*(end.astype(dtype) for end in inputs[0])))
+    if op.name == "row":
+        return Interval(*(end[op.params["step"]] for end in inputs[0]))
+    if op.name == "stack":
+        return Interval(*(jnp.stack([_end(x, end) for x in inputs]) for end in (0, 1)))
     if op.name == "convert_element_type":
         return inputs[0] if jnp.issubdtype(op.params["new_dtype"], jnp.floating) else None
     if op.name == "mul" and len(op.signals) == 2:
         return _between_products(*inputs, same=op.inputs[0] is op.inputs[1])
+    if not hasattr(jax.lax, f"{op.name}_p"):
+        return None
     apply = functools.partial(_apply, op, dtype)
     if op.name in _ORDERED:
         return Interval(*(apply(*(_end(x, end) for x in inputs)) for end in (0, 1)))
@@ -76,7 +82,7 @@ def enclosure(  # noqa: PLR0911
 
 
 def _apply(op: Operation, dtype: Any, *values: Any, **params: Any) -> Array:
-    """The result of an operation for other inputs and parameters, in a precision."""
+    """Apply an operation to other operands, with other parameters and in another precision."""
     # Literals of a jaxpr are numbers, with a dtype or without.
     arrays = [jnp.asarray(v) if hasattr(v, "dtype") else jnp.asarray(v, dtype) for v in values]
     arrays = [v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for v in arrays]
@@ -99,7 +105,18 @@ def _image(row: Elementwise, interval: Interval) -> Interval | None:
         ends = jnp.full_like(lower, row.low), jnp.full_like(upper, row.high)
     bounded = math.isfinite(row.low) and math.isfinite(row.high)
     lower, upper = _widened(*ends, absolute=float(bounded), ulps=_ULPS)
-    return Interval(jnp.maximum(lower, row.low), jnp.minimum(upper, row.high))
+    low, high = _rounded_outwards(row.low, row.high, lower.dtype)
+    return Interval(jnp.maximum(lower, low), jnp.minimum(upper, high))
+
+
+def _rounded_outwards(low: float, high: float, dtype: Any) -> tuple[Any, Any]:
+    """Convert two numbers to a dtype, the first rounded down and the second up."""
+    kind = np.dtype(dtype).type
+    nearest = kind(low), kind(high)
+    return (
+        nearest[0] if float(nearest[0]) <= low else np.nextafter(nearest[0], kind(-np.inf)),
+        nearest[1] if float(nearest[1]) >= high else np.nextafter(nearest[1], kind(np.inf)),
+    )
 
 
 def _between_products(one: Interval, other: Interval, *, same: bool) -> Interval:
@@ -116,7 +133,7 @@ _RANGES = {"softmax": (0.0, 1.0)}
 
 
 def anywhere(signal: Signal, depth: int = 16, found: dict[int, Interval] | None = None) -> Interval:
-    """What the entries of a signal are between; for any input where there is no region.
+    """Enclose the entries of a signal: for any input, if there is no region.
 
     It looks back over a few operations only: enough to see a bounded activation.
     """
@@ -125,7 +142,8 @@ def anywhere(signal: Signal, depth: int = 16, found: dict[int, Interval] | None 
     found = {} if found is None else found
     if id(signal) in found:
         return found[id(signal)]
-    dtype = jnp.promote_types(signal.dtype, jnp.float32)
+    is_real = jnp.issubdtype(signal.dtype, jnp.floating)
+    dtype = jnp.promote_types(signal.dtype, jnp.float32) if is_real else jnp.float32
 
     @known_now
     def between(low, high):
@@ -150,7 +168,7 @@ def _end(value: Any, end: int) -> Any:
 
 
 def _terms(op: Operation) -> int | None:
-    """How many products are summed up for an entry of a linear operation; None if it is not one."""
+    """The number of products summed for an entry of a linear operation; None for any other."""
     if len(op.signals) != 1 or (op.name == "div" and op.signals[0] is not op.inputs[0]):
         return None
     if op.name in ("mul", "div"):
@@ -177,7 +195,7 @@ def _linear(op: Operation, inputs: Sequence[Any], terms: int, apply: Callable) -
         accurate = {"precision": (highest, highest)}
     else:
         accurate = {}
-    error = gamma(terms + 4, dtype)
+    error = (terms + 4) * eps  # at least gamma(terms + 4), as long as that is below 1
     middle = interval.lower / 2 + interval.upper / 2
     radius = jnp.maximum(interval.upper - middle, middle - interval.lower) * (1 + 2 * eps)
 
@@ -199,7 +217,7 @@ def _widened(
     scale: Array | float = 0.0,
     ulps: int = 4,
 ) -> Interval:
-    """Rounded outwards; infinite where an infinite bound made a NaN of it."""
+    """Round an interval outwards; an end that is NaN, as from infinite ends, becomes infinite."""
     eps = float(jnp.finfo(lower.dtype).eps)
     tiny = float(jnp.finfo(lower.dtype).tiny)
     down = ulps * eps * (jnp.abs(lower) + jnp.abs(scale) + absolute) + tiny
@@ -212,13 +230,13 @@ def _widened(
 
 @known_now
 def intersection(one: Interval, other: Interval) -> Interval:
-    """What is in both."""
+    """Intersect two intervals."""
     return Interval(jnp.maximum(one.lower, other.lower), jnp.minimum(one.upper, other.upper))
 
 
 @known_now
 def widened_by(interval: Interval, distance: Float[ArrayLike, "..."]) -> Interval:
-    """All that is within a distance of an interval, entry by entry."""
+    """Widen an interval by a distance on either side, entry by entry."""
     distance = jnp.asarray(distance, interval.lower.dtype)
     return _widened(interval.lower - distance, interval.upper + distance, scale=distance)
 

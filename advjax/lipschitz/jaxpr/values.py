@@ -1,4 +1,4 @@
-"""What the walk over a jaxpr knows of an intermediate result."""
+"""The values that the interpreter computes with: what is known of an intermediate result."""
 
 import dataclasses
 import functools
@@ -9,11 +9,30 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from advjax.lipschitz.scaled import Scalar, Scaled, scaled, unscaled
+from advjax.lipschitz.jaxpr.scaled import Scalar, Scaled, scaled, unscaled
+
+
+class NotLipschitzError(ValueError):
+    """An operation has no Lipschitz constant that holds for every input, or none is known.
+
+    Attributes:
+        remedy: What would help; by default a rule of one's own.
+    """
+
+    def __init__(self, message: str, remedy: str = ""):
+        super().__init__(message)
+        self.remedy = remedy
+
+
+OWN_FUNCTION = (
+    "Put what it is a part of in a function under jax.jit and tell that function's constant with "
+    "lipschitz.register_rule."
+)
+"""The remedy for an operation that is Lipschitz only as a part of something larger."""
 
 
 class Interval(NamedTuple):
-    """What the entries of an array are between."""
+    """Lower and upper bounds of the entries of an array."""
 
     lower: Float[Array, "*shape"]
     upper: Float[Array, "*shape"]
@@ -23,13 +42,12 @@ class Operation(NamedTuple):
     """An operation of the function whose bound is sought.
 
     Attributes:
-        name: The primitive's name, as in a printed jaxpr, or the function's.
-        inputs: What it is applied to: a `Signal` where that depends on the function's input, an
-            array where it does not.
+        name: The name of the primitive, as in a printed jaxpr, or of the registered function.
+        inputs: The operands: a `Signal` where one depends on the function's input, else an array.
         params: The primitive's parameters.
         shape: The shape of its (first) result.
-        label: Where in the model it stands, such as "MLP/hidden1".
-        source: The line of code that made it.
+        label: The modules that it is in, such as "MLP/hidden1".
+        source: The line of code that it comes from.
     """
 
     name: str
@@ -52,13 +70,13 @@ class Signal:
     Attributes:
         shape: Its shape.
         dtype: Its dtype.
-        bound: A Lipschitz constant of it with respect to the input, infinite where none is
-            known; or what computes that when it is asked for.
-        operation: What made it, as it is written; None for the input itself.
-        layer: What that amounts to: for the last operation of a softmax, the softmax.
+        bound: Its Lipschitz constant with respect to the input, infinite if none is known; or a
+            function that computes the constant when it is needed.
+        operation: The operation that made it, as written; None for the input itself.
+        layer: The function that this operation completes, such as a softmax; else the operation.
         reason: Why the constant is infinite.
-        interval: What its entries are between where the bound is asked for; None if unknown.
-        centre: The same at the example inputs alone.
+        interval: Bounds of its entries for the inputs in question; None if unknown.
+        centre: Bounds of its entries at the example inputs alone.
     """
 
     shape: tuple[int, ...]
@@ -89,17 +107,17 @@ class Signal:
 
     @property
     def size(self) -> int:
-        """How many entries it has."""
+        """The number of entries."""
         return math.prod(self.shape)
 
     @property
     def inputs(self) -> tuple[Any, ...]:
-        """What the operation that made it was applied to."""
+        """The operands of the operation that made it."""
         return self.operation.inputs if self.operation else ()
 
     @property
     def signals(self) -> list["Signal"]:
-        """Those among the inputs that depend on the function's input."""
+        """The operands that depend on the function's input."""
         return self.operation.signals if self.operation else []
 
     @property

@@ -1,4 +1,4 @@
-"""The walk over a jaxpr from its arguments to its results, whatever is done on the way."""
+"""A jaxpr interpreter: evaluates a jaxpr with a user-supplied handler per operation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core, source_info_util
 
-from advjax.lipschitz.rules import RULES, Rule, constant, function_rule
-from advjax.lipschitz.scaled import largest
-from advjax.lipschitz.signals import Operation, Signal, concrete
+from advjax.lipschitz.jaxpr import intervals
+from advjax.lipschitz.jaxpr.rules import RULES, Rule, constant, function_rule
+from advjax.lipschitz.jaxpr.scaled import largest
+from advjax.lipschitz.jaxpr.values import Interval, Operation, Signal, concrete
 
 _CALLS = {  # primitives that only call a jaxpr, and the parameter that holds it
     "jit": "jaxpr",
@@ -26,13 +27,13 @@ _CALLS = {  # primitives that only call a jaxpr, and the parameter that holds it
 
 
 class Context(NamedTuple):
-    """Where a jaxpr is called, and what is done with its operations.
+    """The handler of a jaxpr's operations, and where the jaxpr is called.
 
     Attributes:
-        apply: From an operation, the shapes and dtypes of its results, and the rule of the
-            registered function that it calls, or None, to its results.
-        label: After the names of the modules around it.
-        source: The line of code that calls it.
+        apply: The handler. It takes an operation, the shapes and dtypes of its results, and the
+            rule of the registered function that it calls, if any, and returns the results.
+        label: The names of the modules around the call.
+        source: The line of code of the call.
     """
 
     apply: Callable[[Operation, Sequence[Any], Rule | None], Sequence[Any]]
@@ -40,8 +41,11 @@ class Context(NamedTuple):
     source: str = ""
 
 
-def walk(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -> list[Any]:
-    """The results of a jaxpr, each a `Signal` or, if no argument that is one matters, an array."""
+def interpret(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -> list[Any]:
+    """Evaluate a jaxpr on arguments of which some are a `Signal`.
+
+    A result is a `Signal` if it depends on one, and else an array.
+    """
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env |= dict(zip(closed.jaxpr.invars, args, strict=True))
 
@@ -62,17 +66,17 @@ def walk(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -> lis
 def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
     known = not any(isinstance(x, Signal) for x in inputs)
-    if not eqn.outvars and not known:  # a print, say: nothing of it reaches the output
+    if not eqn.outvars and not known:  # such as a print, which no output depends on
         return []
     function = None if known or name not in _CALLS else function_rule(eqn)
     if name in _CALLS and function is None:
-        return walk(_closed(params[_CALLS[name]]), inputs, context)
+        return interpret(_closed(params[_CALLS[name]]), inputs, context)
     if known:
         return _constants(eqn, inputs)
     if name == "scan":
         return _scan(params, inputs, context)
     if name == "cond" and not isinstance(inputs[0], Signal) and concrete(inputs[0]):
-        return walk(_branch(params, int(inputs[0])), inputs[1:], context)
+        return interpret(_branch(params, int(inputs[0])), inputs[1:], context)
     avals: list[Any] = [v.aval for v in eqn.outvars]
     called, rule = function or (name, None)
     op = Operation(
@@ -87,15 +91,15 @@ def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequen
 
 
 def _branch(params: Any, index: int) -> core.ClosedJaxpr:
-    """Which branch of a condition that is known is taken."""
+    """The branch taken by a condition whose index is known."""
     branches, platforms = params["branches"], params.get("branches_platforms")
     if platforms is not None and platforms[-1] is None:
-        return branches[-1]  # what the others compute too, in ways made for a platform each
+        return branches[-1]  # the default, which the others must agree with
     return branches[min(max(index, 0), len(branches) - 1)]
 
 
 def _constants(eqn: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any]:
-    """The results of an operation that the input does not reach."""
+    """The results of an operation that does not depend on the input."""
 
     def evaluate():
         out = eqn.primitive.bind(*inputs, **eqn.params)
@@ -123,12 +127,12 @@ def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
     rows, carries = [], list(carry)
     for step in reversed(steps) if params["reverse"] else steps:
         here = [_row(x, step) for x in xs]
-        results = walk(params["jaxpr"], [*consts, *carry, *here], context)
+        results = interpret(params["jaxpr"], [*consts, *carry, *here], context)
         carry, row = results[: len(carry)], results[len(carry) :]
         carries += carry
         rows.append(row)
     rows = rows[::-1] if params["reverse"] else rows
-    # Results that each come from one row, and from nothing else, move as their row does.
+    # If each result depends on one row alone, the rows are independent: their constants do not add.
     shared = [x for x in [*consts, *carries] if isinstance(x, Signal)]
     apart = not shared and sum(isinstance(x, Signal) for x in xs) == 1
     columns = zip(*rows, strict=True)
@@ -137,9 +141,10 @@ def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
 
 def _row(x: Any, step: int) -> Any:
     if isinstance(x, Signal):
-        op = Operation("slice", (x,), {"step": step}, x.shape[1:])
-        # The same constant, computed no more often than once.
-        return Signal(x.shape[1:], x.dtype, lambda: x.scaled, op, op, x.reason)
+        op = Operation("row", (x,), {"step": step}, x.shape[1:])
+        # Shared with the whole array, so that it is computed once.
+        places = _enclosures(op)
+        return Signal(x.shape[1:], x.dtype, lambda: x.scaled, op, op, x.reason, *places)
     return x[step]
 
 
@@ -151,4 +156,11 @@ def _stacked(column: Sequence[Any], context: Context, *, apart: bool) -> Any:
     op = Operation("stack", tuple(column), {}, shape, context.label, context.source)
     reason = next((s.reason for s in signals if s.reason), "")
     scaled = largest([s.scaled for s in signals]) if apart else constant(op, RULES["stack"])
-    return Signal(shape, signals[0].dtype, scaled, op, op, reason)
+    return Signal(shape, signals[0].dtype, scaled, op, op, reason, *_enclosures(op))
+
+
+def _enclosures(op: Operation) -> tuple[Interval | None, Interval | None]:
+    """Bounds of the entries of a result: for all inputs in question, and at the example."""
+    inputs = [(x.interval, x.centre) if isinstance(x, Signal) else (x, x) for x in op.inputs]
+    interval, centre = (intervals.enclosure(op, list(x)) for x in zip(*inputs, strict=True))
+    return interval, centre

@@ -1,0 +1,1 @@
+"""Programs: an interpreter of jaxprs, and what is known of their operations."""

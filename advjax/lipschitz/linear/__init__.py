@@ -1,0 +1,1 @@
+"""Linear layers as arrays: certified norms, estimates from below, and chains of layers."""
