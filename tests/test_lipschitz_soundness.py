@@ -191,6 +191,15 @@ def test_factors_that_underflow_together_do_not_vanish():
     assert found(lambda s, x: x * s * s * s)(1e-30) > 0
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_bound_beyond_float32_is_infinite_without_a_warning():
+    found = lipschitz.bound(lambda x: x * np.float32(1e30) * np.float32(1e30), V)
+    assert np.isposinf(found.constant)
+    assert np.isposinf(found.layers[-1].gain)
+    pairs = lipschitz.pairwise(lambda x: jnp.tanh(x * np.float32(1e30) * np.float32(1e30)), V)
+    assert np.isposinf(pairs.constant[0, 1])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_that_underflow_together_do_not_vanish(method):
     kernel = 1e-20 * jnp.eye(4)

@@ -59,10 +59,10 @@ def unscaled(number: Scaled) -> Scalar:
     if isinstance(mantissa, float) and isinstance(exponent, int):
         if mantissa == 0 or math.isinf(mantissa):
             return mantissa
-        try:
-            return max(math.ldexp(mantissa, exponent), _TINY)
-        except OverflowError:
+        # Infinite beyond the precision that it will be converted to, rather than with a warning.
+        if exponent >= jnp.finfo(jnp.result_type(float)).maxexp:
             return math.inf
+        return max(math.ldexp(mantissa, exponent), _TINY)
     mantissa = _as_array(mantissa)
     info = jnp.finfo(mantissa.dtype)
     # Clipped from below, which makes it larger.
