@@ -142,10 +142,10 @@ def test_every_choice_of_multipliers_gives_the_bound_of_the_cyclic_chain(name, s
     rng = np.random.default_rng(0)
     multipliers = [
         lipsdp._Multipliers(
-            jnp.asarray(scale * rng.normal(size=kernel.shape[-1]), jnp.float32),
+            jnp.asarray(scale * rng.normal(size=layer.kernel.shape[-1]), jnp.float32),
             jnp.float32(scale * rng.normal()),
         )
-        for kernel in kernels[:-1]
+        for layer in chain[:-1]
     ]
     found = lipsdp._certified(chain, multipliers).constant
     cyclic = cyclic_matrices(layers)
