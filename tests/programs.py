@@ -198,6 +198,11 @@ ACTIVATIONS = _simple(
         "arctan": jnp.arctan,
         "arcsinh": jnp.arcsinh,
         "erf": jax.scipy.special.erf,
+        "relu by hand": lambda x: (x + jnp.abs(x)) / 2,
+        "hard swish": jax.nn.hard_swish,
+        "hard sigmoid": jax.nn.hard_sigmoid,
+        "squareplus": jax.nn.squareplus,
+        "distance to one": lambda x: jnp.abs(1 - x),
     }
 )
 
@@ -306,17 +311,23 @@ LAYERS: list[str] = []
 def _dense(draw):
     if not draw.shape:
         return None
-    kernel = draw.kernel(draw.shape[-1], int(draw.rng.integers(1, 7)))
+    kernel = draw.kernel(draw.shape[-1], draw.choice(1, 4))
     bias = draw.constant(draw.choice(0.0, 0.3, 3.0) * draw.rng.normal(size=kernel.shape[-1:]))
     return lambda x: x @ kernel + jnp.broadcast_to(bias, (*x.shape[:-1], *bias.shape))
+
+
+@_step([])
+def _dense_logits(draw):
+    kernel = draw.constant(draw.rng.normal(size=(draw.size, 3)))
+    return lambda x: x @ kernel
 
 
 @_step(LAYERS)
 def _two_layers(draw):
     if len(draw.shape) != 1:
         return None
-    first, second = draw.kernel(draw.size, 6), draw.kernel(6, 4)
-    bias = draw.constant(draw.rng.normal(size=6))
+    first, second = draw.kernel(draw.size, 4), draw.kernel(4, 4)
+    bias = draw.constant(draw.rng.normal(size=4))
     activation = draw.choice(
         jax.nn.relu, jnp.tanh, jax.nn.sigmoid, jax.nn.leaky_relu, jax.nn.softplus
     )
@@ -547,8 +558,29 @@ SMOOTH = _simple(
         "rms norm": lambda x: x * jax.lax.rsqrt(0.1 + jnp.mean(x**2)),
         "relu by where": lambda x: jnp.where(x > 0, x, 0),
         "log cosh": lambda x: jnp.logaddexp(x, -x),
+        "norm": jnp.linalg.norm,
+        "softmax by hand": lambda x: jnp.exp(x) / jnp.sum(jnp.exp(x)),
+        "softmin along an axis": lambda x: jax.nn.softmax(-x, axis=-1) if x.ndim else x,
+        "standard deviation": lambda x: jnp.sqrt(jnp.var(x) + 1e-2),
+        "median": jnp.median,
+        "cumulative maximum": lambda x: jax.lax.cummax(jnp.ravel(x)),
+        "relative": lambda x: x / (1 + jnp.abs(x)),
+        "relative to the sum": lambda x: x / (1 + jnp.sum(jnp.abs(x))),
+        "cosine similarity": lambda x: jnp.sum(x) / jnp.sqrt(0.1 + jnp.sum(x**2)),
     }
 )
+
+
+@_step(SMOOTH)
+def _normalisation_of_flax(draw):
+    if not draw.shape:
+        return None
+    layer = draw.choice(
+        nn.LayerNorm(epsilon=0.1), nn.RMSNorm(epsilon=0.1), nn.GroupNorm(1, epsilon=0.1)
+    )
+    if isinstance(layer, nn.GroupNorm):
+        return lambda x: layer.apply(layer.init(jax.random.key(0), x[None]), x[None])[0]
+    return lambda x: layer.apply(layer.init(jax.random.key(0), x), x)
 
 
 @_step(SMOOTH)
@@ -588,8 +620,57 @@ PRODUCTS = _simple(
         "product of all": jnp.prod,
         "normalised": lambda x: x / jnp.sqrt(1e-3 + jnp.sum(x**2)),
         "power": lambda x: (1 + jnp.abs(x)) ** 1.5,
+        "gated": lambda x: jax.nn.sigmoid(x) * jnp.flip(x),
+        "swish of another": lambda x: jax.nn.silu(jnp.flip(x)) * x,
+        "clipped product": lambda x: jnp.clip(x, -1, 1) * jnp.clip(jnp.flip(x), -2, 0.5),
+        "softmax times values": lambda x: jax.nn.softmax(x, axis=None) * x,
+        "fourth power": lambda x: jnp.square(jnp.square(x)),
+        "inverse square": lambda x: x**-2,
+        "inverse": lambda x: 1 / x,
+        "inverse root": jax.lax.rsqrt,
+        "root": jnp.sqrt,
+        "logarithm": jnp.log,
+        "log1p": jnp.log1p,
+        "expm1": jnp.expm1,
+        "exp2": jnp.exp2,
+        "sinh": jnp.sinh,
+        "tan": jnp.tan,
+        "arcsin": lambda x: jnp.arcsin(x / 4),
+        "cube root": jnp.cbrt,
+        "entropy": lambda x: -jnp.sum(jax.nn.softmax(x, None) * jax.nn.log_softmax(x, None)),
+        "ratio": lambda x: x / jnp.flip(x),
+        "ratio of exponentials": lambda x: jnp.exp(x) / (1 + jnp.exp(jnp.flip(x))),
+        "energy of the spectrum": lambda x: jnp.abs(jnp.fft.fft(jnp.atleast_1d(x))) ** 2,
+        "pairwise distances": lambda x: jnp.square(x.ravel()[:, None] - x.ravel()[None, :]),
+        "cumulative product": lambda x: jnp.cumprod(jnp.ravel(x)),
+        "exponent by squaring": lambda x: jax.lax.fori_loop(0, 2, lambda i, h: h * h, x),
     }
 )
+
+
+@_step(PRODUCTS)
+def _attention(draw):
+    if len(draw.shape) != 2:
+        return None
+    queries, keys, values = (draw.kernel(draw.shape[1], 2) for _ in range(3))
+
+    def attention(x):
+        scores = jnp.einsum("ad,bd->ab", x @ queries, x @ keys)
+        return jax.nn.softmax(scores, axis=-1) @ (x @ values)
+
+    return attention
+
+
+@_step(PRODUCTS)
+def _bilinear(draw):
+    if len(draw.shape) != 1:
+        return None
+    kernel = draw.kernel(draw.size, draw.size)
+    return draw.choice(
+        lambda x: x @ (kernel @ jnp.tanh(x)),
+        lambda x: jnp.einsum("a,ab,b->a", x, kernel, x),
+        lambda x: jnp.outer(jnp.tanh(x), x) @ kernel,
+    )
 
 
 # Jumps: piecewise constant functions used as numbers. No constant holds for most of them.
@@ -662,6 +743,27 @@ def _rows_at_argsort(draw):
     )
 
 
+@_step(JUMPS)
+def _gradient(draw):
+    """The gradient of a sum of activations, which jumps where the activation has a kink."""
+    activation = draw.inner(ACTIVATIONS, 1)
+    return jax.grad(lambda y: jnp.sum(activation(y)))
+
+
+@_step(JUMPS)
+def _gradient_of_a_selection(draw):
+    if not draw.shape:
+        return None
+    weights = draw.kernel(*draw.shape)
+    loss = draw.choice(
+        jnp.max,
+        lambda x: jnp.sum(jnp.sort(x, 0) * weights),
+        jnp.linalg.norm,
+        lambda x: jnp.sum(jnp.clip(x, -0.1, 0.1) * weights),
+    )
+    return jax.grad(loss)
+
+
 # Precision
 
 CASTS: list[str] = []
@@ -718,18 +820,34 @@ def _concatenated_branches(draw):
     return lambda x: jnp.concatenate([one(x), other(x)])
 
 
+# The next three hide their derivative, but not from the oracle.
+
+
 @_step(STRUCTURES)
 def _stop_gradient(draw):
     branch = draw.inner(PRESERVING)
-    return lambda x: x + jax.lax.stop_gradient(branch(x))
+    hide = jax.lax.stop_gradient if draw.arithmetic.casts else lambda y: y
+    return lambda x: x + hide(branch(x))
 
 
 @_step(STRUCTURES)
 def _wrong_gradient(draw):
     """A function whose derivative, by its own account, is zero."""
     branch = draw.inner(PRESERVING)
+    if not draw.arithmetic.casts:
+        return branch
     fn = jax.custom_jvp(branch)
     fn.defjvp(lambda primals, tangents: (branch(primals[0]), jnp.zeros_like(tangents[0])))
+    return fn
+
+
+@_step(STRUCTURES)
+def _wrong_vector_product(draw):
+    branch = draw.inner(PRESERVING)
+    if not draw.arithmetic.casts:
+        return branch
+    fn = jax.custom_vjp(branch)
+    fn.defvjp(lambda x: (branch(x), None), lambda _, g: (jnp.zeros_like(g),))
     return fn
 
 
@@ -858,3 +976,91 @@ def _by_the_spectrum(draw):
     if not draw.shape or (draw.arithmetic.casts and draw.like.dtype != jnp.float32):
         return None
     return lambda x: jnp.fft.ifft(jnp.fft.fft(x)).real.astype(x.dtype)
+
+
+@_step(STRUCTURES)
+def _filtered_spectrum(draw):
+    """A circular convolution, by complex products."""
+    if not draw.shape or (draw.arithmetic.casts and draw.like.dtype != jnp.float32):
+        return None
+    kernel = draw.kernel(*draw.shape)
+    real = draw.choice(False, True)
+
+    def filtered(x):
+        forth, back = (jnp.fft.rfft, jnp.fft.irfft) if real else (jnp.fft.fft, jnp.fft.ifft)
+        product = forth(x) * forth(jnp.asarray(kernel))
+        back = functools.partial(back, n=x.shape[-1]) if real else back
+        return jnp.real(back(product)).astype(x.dtype)
+
+    return filtered
+
+
+@_step(STRUCTURES)
+def _pulled_back(draw):
+    """The transposed Jacobian at a constant: linear, by the transposes of all operations."""
+    branch = draw.inner([*LAYERS, *PRESERVING], 2)
+    at = draw.constant(draw.rng.normal(size=draw.shape))
+
+    def pulled_back(x):
+        _, pull = jax.vjp(branch, jnp.asarray(at))
+        return pull(branch(x))[0]
+
+    return pulled_back
+
+
+@_step(STRUCTURES)
+def _pushed_forward(draw):
+    """The Jacobian at a constant."""
+    branch = draw.inner([*LAYERS, *PRESERVING], 2)
+    at = draw.constant(draw.rng.normal(size=draw.shape))
+    return lambda x: jax.jvp(branch, (jnp.asarray(at),), (x,))[1]
+
+
+@_step(STRUCTURES)
+def _cond_of_a_number(draw):
+    """The predicate is known, unless constants are traced."""
+    one, other, number = draw.inner(PRESERVING), draw.inner(PRESERVING), draw.number()
+    return lambda x: jax.lax.cond(jnp.asarray(number) > 0, one, other, x)
+
+
+@_step(STRUCTURES)
+def _at_an_index(draw):
+    """The index is known, unless constants are traced."""
+    if not draw.shape:
+        return None
+    number = draw.constant(draw.rng.integers(draw.shape[0]))
+
+    def at_an_index(x):
+        index = jnp.asarray(number).astype(jnp.int32)
+        return jnp.stack([x[index], jax.lax.dynamic_index_in_dim(x, index, keepdims=False)])
+
+    return at_an_index
+
+
+@_step(STRUCTURES)
+def _updated(draw):
+    if not draw.shape or draw.shape[0] < 2:
+        return None
+    branch = draw.inner(PRESERVING, 1)
+    return draw.choice(
+        lambda x: jax.lax.dynamic_update_slice_in_dim(x, branch(x)[:1], 1, 0),
+        lambda x: jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(x), branch(x)[:1], 1, 0),
+        lambda x: x.at[1:].set(branch(x)[:-1]),
+    )
+
+
+@_step(STRUCTURES)
+def _associative_scan(draw):
+    if not draw.shape:
+        return None
+    join = draw.choice(jnp.add, jnp.maximum)
+    return lambda x: jax.lax.associative_scan(join, x)
+
+
+@_step(STRUCTURES)
+def _mapped(draw):
+    if not draw.shape:
+        return None
+    row = dataclasses.replace(draw, like=jax.ShapeDtypeStruct(draw.shape[1:], draw.like.dtype))
+    branch = row.inner(PRESERVING)
+    return lambda x: jax.lax.map(branch, x)

@@ -209,11 +209,8 @@ def jacobian_of(fn: Callable) -> Callable:
     return jacobian
 
 
-def steepest(case: Case, seed: int = 0, count: int = 64, rounds: int = 8):
-    """The largest quotients that are found: of all outputs, and of each two."""
-    region, rng = region_of(case), np.random.default_rng(seed)
-    if region.is_empty:
-        return 0.0, np.zeros(())
+def exact(case: Case) -> Callable:
+    """The program in exact arithmetic, of all inputs as one vector."""
     fn = as_vector(function(case, programs.EXACT))
     ends = np.cumsum([x.size for x in case.examples])[:-1]
 
@@ -221,54 +218,98 @@ def steepest(case: Case, seed: int = 0, count: int = 64, rounds: int = 8):
         parts = jnp.split(point, ends)
         return fn(*(p.reshape(x.shape) for p, x in zip(parts, case.examples, strict=True)))
 
+    return flat
+
+
+def steepest(case: Case, seed: int = 0, count: int = 64) -> tuple[float, np.ndarray]:
+    """The largest quotients that are found: of all outputs, and of each two."""
+    region, rng = region_of(case), np.random.default_rng(seed)
+    if region.is_empty:
+        return 0.0, np.zeros(())
+    fn = exact(case)
+    evaluate, jacobian = jax.jit(jax.vmap(fn)), jax.jit(jax.vmap(jacobian_of(fn)))
+
+    def values(points):
+        return np.asarray(evaluate(points))
+
+    def slopes(points):
+        """The norms of Jacobians, for the entries that are free to move, and directions."""
+        matrices = np.asarray(jacobian(points)) * (region.widths > 0)
+        finite = np.isfinite(matrices).all((1, 2), keepdims=True)
+        _, norms, directions = np.linalg.svd(np.where(finite, matrices, 0))
+        return norms.max(1, initial=0), directions[:, 0]
+
     with jax.enable_x64(True), np.errstate(all="ignore"):
-        evaluate, jacobian = jax.jit(jax.vmap(flat)), jax.jit(jax.vmap(jacobian_of(flat)))
-
-        def values(points):
-            return np.asarray(evaluate(points))
-
-        def slopes(points):
-            """The norms of Jacobians, for the entries that are free to move, and directions."""
-            matrices = np.asarray(jacobian(points)) * (region.widths > 0)
-            finite = np.isfinite(matrices).all((1, 2), keepdims=True)
-            _, norms, directions = np.linalg.svd(np.where(finite, matrices, 0))
-            return norms.max(1, initial=0), directions[:, 0]
-
-        # Climb.
-        points = sample(rng, region, count)
-        found, directions = slopes(points)
-        scale = np.where(np.isfinite(region.widths), region.widths, 0)
-        for _ in range(rounds):
-            size = 10 ** rng.uniform(-4, 0, (count, 1))
-            local = np.where(scale > 0, scale, np.linalg.norm(points, axis=1, keepdims=True))
-            best = points[rng.permutation(np.argsort(-found)[: count // 2].repeat(2))]
-            moved = region.project(best + size * local * rng.normal(size=points.shape))
-            higher, turned = slopes(moved)
-            every = np.concatenate([points, moved]), np.concatenate([directions, turned])
-            order = np.argsort(-np.concatenate([found, higher]))[:count]
-            points, directions = every[0][order], every[1][order]
-            found = np.concatenate([found, higher])[order]
-        # Measure, at several distances.
-        local = np.where(scale > 0, scale, np.linalg.norm(points, axis=1, keepdims=True)).max(1)
-        results = []
-        for size in (1e-6, 1e-4, 1e-2, 1):
-            step = (size * local)[:, None] * directions / 2
-            inner = region.middle + (points - region.middle) * (1 - min(size, 0.5))
-            for x in (points, inner):
-                results.append(
-                    quotients(values, region.project(x - step), region.project(x + step))
-                )
-        # Bisect: of the two halves of a segment one is at least as steep as the whole.
-        xs, ys = sample(rng, region, count), rng.permutation(sample(rng, region, count))
-        for _ in range(20):
-            results.append(quotients(values, xs, ys))
-            middle = (xs + ys) / 2
-            fx, fm, fy = values(xs), values(middle), values(ys)
-            left = np.linalg.norm(fx - fm, axis=1) > np.linalg.norm(fy - fm, axis=1)
-            xs, ys = np.where(left[:, None], xs, middle), np.where(left[:, None], middle, ys)
-        results.append(quotients(values, xs, ys))
+        pairs = [
+            *across(region, *climb(slopes, region, rng, count)),
+            *bisected(values, region, rng, count),
+        ]
+        results = [quotients(values, xs, ys) for xs, ys in pairs]
     single = max((s.max(initial=0) for s, _ in results), default=0.0)
     return float(single), np.max([d.max(0, initial=0) for _, d in results], axis=0)
+
+
+def climb(slopes: Callable, region: Region, rng: np.random.Generator, count: int):
+    """Points of large Jacobians, and the directions in which these are steepest."""
+    points = sample(rng, region, count)
+    found, directions = slopes(points)
+    for _ in range(8):
+        best = points[rng.permutation(np.argsort(-found)[: count // 2].repeat(2))]
+        size = 10 ** rng.uniform(-4, 0, (count, 1)) * magnitudes(region, points)
+        moved = region.project(best + size * rng.normal(size=points.shape))
+        higher, turned = slopes(moved)
+        order = np.argsort(-np.concatenate([found, higher]))[:count]
+        points = np.concatenate([points, moved])[order]
+        directions = np.concatenate([directions, turned])[order]
+        found = np.concatenate([found, higher])[order]
+    return points, directions
+
+
+def magnitudes(region: Region, points: np.ndarray) -> np.ndarray:
+    """How far points may move: by the widths of the region, or by their own length."""
+    lengths = np.linalg.norm(points, axis=1, keepdims=True)
+    return np.where(np.isfinite(region.widths), region.widths, lengths)
+
+
+def across(region: Region, points: np.ndarray, directions: np.ndarray):
+    """Pairs of points in steep directions, at several distances, at the border and inside."""
+    scale = magnitudes(region, points).max(1, keepdims=True)
+    for size in (1e-6, 1e-4, 1e-2, 1):
+        step = size * scale * directions / 2
+        inner = region.middle + (points - region.middle) * (1 - min(size, 0.5))
+        for x in (points, inner):
+            yield region.project(x - step), region.project(x + step)
+
+
+def bisected(values: Callable, region: Region, rng: np.random.Generator, count: int):
+    """Pairs of points, ever closer: of two halves of a segment one is as steep as the whole."""
+    xs, ys = sample(rng, region, count), rng.permutation(sample(rng, region, count))
+    for _ in range(20):
+        yield xs, ys
+        middle = (xs + ys) / 2
+        fx, fm, fy = values(xs), values(middle), values(ys)
+        left = np.linalg.norm(fx - fm, axis=1) > np.linalg.norm(fy - fm, axis=1)
+        xs, ys = np.where(left[:, None], xs, middle), np.where(left[:, None], middle, ys)
+    yield xs, ys
+
+
+def nearest_change(case: Case, label: int, seed: int = 0) -> float:
+    """How near to the example another class was found, in the box, on lines towards each."""
+    region, rng, fn = region_of(case), np.random.default_rng(seed), exact(case)
+    evaluate, jacobian = jax.jit(jax.vmap(fn)), jax.jit(jax.vmap(jacobian_of(fn)))
+    box = region._replace(radius=np.inf)
+    x = region.centre
+    with jax.enable_x64(True), np.errstate(all="ignore"):
+        starts = box.project(x + rng.normal(size=(16, 1)) ** 3 * rng.normal(size=(16, x.size)))
+        rows = np.asarray(jacobian(np.concatenate([x[None], starts])))
+        towards = (rows - rows[:, [label]]).reshape(-1, x.size)
+        towards = np.concatenate([towards, -towards, rng.normal(size=(32, x.size))])
+        towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+        towards = towards[np.isfinite(towards).all(1)]
+        distances = np.geomspace(1e-6, 1e3, 200)
+        points = box.project((x + distances[:, None, None] * towards).reshape(-1, x.size))
+        changed = np.argmax(np.asarray(evaluate(points)), axis=1) != label
+    return float(np.min(np.linalg.norm(points - x, axis=1), initial=np.inf, where=changed))
 
 
 # What is held against it
@@ -405,3 +446,39 @@ def test_the_oracle_finds_the_norm_of_a_matrix_and_a_jump(seed):
     truth, _ = steepest(case._replace(steps=(dense,)))
     assert truth == pytest.approx(np.linalg.norm(kernel, 2), rel=1e-5)
     assert steepest(case._replace(steps=(jump,)))[0] > 1e4
+
+
+def check_certificate(seed: int):
+    """The class in exact arithmetic changes nowhere within the certified radius."""
+    case = draw_case(seed)
+    region = region_of(case)
+    logits_steps = (programs.Step("ravel", seed), programs.Step("dense_logits", seed))
+    steps = (step for step in case.steps if step.name not in programs.CASTS)
+    case = case._replace(
+        steps=(*steps, *logits_steps), examples=tuple(x.astype(np.float32) for x in case.examples)
+    )
+    fn = as_vector(function(case, programs.WRITTEN))
+    logits = fn(*case.examples)
+    label = int(jnp.argmax(logits))
+    options = {"box": case.box, "radius": case.radius}
+    for bound in (lipschitz.bound, functools.partial(lipschitz.pairwise, method=lipschitz.eclipse)):
+        try:
+            found = bound(fn, *map(jnp.asarray, case.examples), **options)
+        except lipschitz.NotLipschitzError:
+            return
+        radius = float(lipschitz.certified_radius(logits, label, found))
+        inside = (region.middle == region.centre).all()
+        assert inside or case.radius is None or radius == 0
+        if inside:
+            assert radius <= nearest_change(case, label) * (1 + SLACK), report(seed, case, [])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_certificate_is_exceeded(seed):
+    check_certificate(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4, 104))
+def test_no_certificate_of_many_programs_is_exceeded(seed):
+    check_certificate(seed)
