@@ -22,5 +22,6 @@ EXPERIMENTS: dict[str, bool] = {
     "bounds": True,
     "benchmark": False,
     "throughput": False,
+    "solvers": False,
 }
 """Every experiment, and whether it is a section of the report; in the order of the report."""

@@ -3,7 +3,7 @@
 An experiment is a module that imports from `experiments.common` and `advjax` alone:
 
 - `Options`: a dataclass, of `common.options`; its fields are the flags of the command. Its method
-  `load()` returns what is measured on, with the data sets under `splits`.
+  `load()` returns what is measured on, with the data sets under `splits`; there may be none.
 - `measure(options, loaded, seed)`: the results of one seed, as JSON holds them. Arrays at the top
   level of the first seed's results are saved in an npz beside the JSON, to draw the figures from.
 - `describe(content)`: Markdown that compares the saved numbers with the paper's.
@@ -92,7 +92,7 @@ def _measured(experiment: ModuleType, options: Any) -> Content:
     It resumes only if the program, the data and the options are the same.
     """
     loaded = options.load()
-    source = loaded.splits[0].source
+    source = loaded.splits[0].source if loaded.splits else options.expected_source
     path = _path(experiment, options)
     if options.reuse:
         content = saved(experiment, options, source)

@@ -48,7 +48,7 @@ class Options:
         raise NotImplementedError
 
     def load(self) -> Any:
-        """Load what is measured on; its `splits` are the data sets."""
+        """Load what is measured on; its `splits` are the data sets, if there are any."""
         raise NotImplementedError
 
     def resolved(self) -> Self:
