@@ -328,6 +328,20 @@ def test_a_second_call_without_jit_compiles_nothing(name):
     np.testing.assert_allclose(result.x, centres[1], atol=1e-5)
 
 
+def test_an_array_closed_over_may_change_without_a_new_compilation():
+    data = {"centre": jnp.full(4, 1.0)}
+
+    def distance(x):
+        return bowl(data["centre"], x)
+
+    solvers.minimize(distance, jnp.zeros(4))
+    data["centre"] = jnp.full(4, -2.0)
+    with compilations() as events:
+        result = solvers.minimize(distance, jnp.zeros(4))
+    assert not events
+    np.testing.assert_allclose(result.x, data["centre"], atol=1e-5)
+
+
 def test_a_function_may_close_over_what_is_being_traced():
     def solve(centre):
         return solvers.minimize(lambda x: bowl(centre, x), jnp.zeros(2)).x

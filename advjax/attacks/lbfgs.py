@@ -132,8 +132,9 @@ class PenalizedLoss:
 
     def init(self, r: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct) -> _Search:
         """Return a search over c that begins at 1 and has no bracket."""
-        checks.scalar("loss", self.loss_fn, logits, jax.ShapeDtypeStruct((), jnp.int32))
-        checks.scalar("penalty", self.penalty, r)
+        target = jax.ShapeDtypeStruct((), jnp.int32)
+        checks.scalar("loss", jax.eval_shape(self.loss_fn, logits, target))
+        checks.scalar("penalty", jax.eval_shape(self.penalty, r))
 
         def number(value: float) -> Float[Array, ""]:
             return jnp.full((), value, r.dtype)

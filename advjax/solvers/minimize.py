@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from advjax import checks
-from advjax.solvers import callables, variables
+from advjax.functions import Function
+from advjax.solvers import variables
 from advjax.solvers.base import (
     Solver,
     SolverResult,
@@ -32,7 +33,6 @@ _NARROWER = 8  # by what the number of lanes is divided when so few problems are
 class _Problem(NamedTuple):
     """What a program is compiled for."""
 
-    fun: callables.Static
     variables: variables.Layout
     has_aux: bool
     solver: Solver
@@ -41,7 +41,7 @@ class _Problem(NamedTuple):
 class _Data(NamedTuple):
     """What may change from call to call."""
 
-    arrays: list[Array]
+    fun: Function
     args: tuple
     start: Float[Array, " n"]
     box: Box
@@ -74,9 +74,7 @@ def minimize(
 
     Whether it stops depends neither on the scale of the objective nor, for `tol`, on a constant
     added to it. Without `jax.jit` around it, a second call with the same function and shapes
-    compiles nothing: like a function given to `jax.jit`, `fun` is taken for pure, and arrays that
-    it closes over for constants. Pass what changes by `args`, or inside a callable pytree
-    (`functools.partial`, an Equinox module).
+    compiles nothing, even if arrays that `fun` closes over have changed.
 
     The result may be differentiated with respect to `args`, the bounds, and whatever `fun` closes
     over: by the implicit function theorem on the variables that are not at a bound, so that the
@@ -182,36 +180,18 @@ def _prepare(
     fun: Callable, layout: variables.Layout, x0: PyTree, args: tuple, has_aux: bool, solver: Solver
 ) -> tuple[_Problem, _Data]:
     """The problem, and its data as far as they are those of `fun`."""
-
-    def call(x, *args):  # a function of its own, since `fun` may not be hashable
-        return fun(x, *args)
-
+    # What fun closes over becomes an argument: it may change, and it may be differentiated.
+    fun = Function(fun).hoist(x0, *args)
+    value = jax.eval_shape(fun, x0, *args)
     if has_aux:
-        out = jax.eval_shape(call, x0, *args)
-        if not isinstance(out, tuple) or len(out) != 2:
-            raise ValueError(f"fun: returns {type(out).__name__}, expected (value, aux).")
-    checks.scalar("fun", lambda *all_: call(*all_)[0] if has_aux else call(*all_), x0, *args)
-    # What fun closes over and is being differentiated becomes an argument.
-    converted, hoisted = jax.closure_convert(call, x0, *args)
-    if hoisted:
-        static, arrays = callables.split(_Hoisted(converted))
-        arrays = [*arrays, *hoisted]
-    else:
-        static, arrays = callables.split(fun)
+        if not isinstance(value, tuple) or len(value) != 2:
+            raise ValueError(f"fun: returns {type(value).__name__}, expected (value, aux).")
+        value, _ = value
+    checks.scalar("fun", value)
     nothing = jnp.zeros(())
-    return _Problem(static, layout, has_aux, solver), _Data(
-        arrays, tuple(args), nothing, Box(), nothing, nothing, jnp.int32(0)
+    return _Problem(layout, has_aux, solver), _Data(
+        fun, tuple(args), nothing, Box(), nothing, nothing, jnp.int32(0)
     )
-
-
-class _Hoisted:
-    """A function of x and args whose further arrays come last; known by its identity."""
-
-    def __init__(self, fun: Callable):
-        self.fun = fun
-
-    def __call__(self, x: PyTree, *args: Any) -> Any:
-        return self.fun(x, *args)
 
 
 def _tolerance(
@@ -230,11 +210,8 @@ def _outside(layout: variables.Layout, result: SolverResult) -> SolverResult:
 # One problem
 
 
-def _objective(problem: _Problem, arrays: list[Array], args: tuple) -> Callable:
+def _objective(problem: _Problem, fun: Function, args: tuple) -> Callable:
     """The flat objective, `x -> (value, aux)`."""
-    fun = callables.join(problem.fun, arrays)
-    if isinstance(fun, _Hoisted):
-        args, fun = (*args, *arrays), fun.fun
 
     def objective(flat):
         out = fun(problem.variables.unflatten(flat), *args)
@@ -245,7 +222,7 @@ def _objective(problem: _Problem, arrays: list[Array], args: tuple) -> Callable:
 
 
 def _value_and_grad(problem: _Problem, data: _Data) -> ValueAndGrad:
-    return jax.value_and_grad(_objective(problem, data.arrays, data.args), has_aux=True)
+    return jax.value_and_grad(_objective(problem, data.fun, data.args), has_aux=True)
 
 
 def _begin(problem: _Problem, data: _Data) -> _Progress:
@@ -330,17 +307,17 @@ def _solve_jvp(problem: _Problem, primals: tuple[_Data], tangents: tuple[_Data])
     at_lower, at_upper = x <= data.box.lower, x >= data.box.upper
     free = ~(at_lower | at_upper)
 
-    def evaluate(x, arrays, args):
-        (value, aux), grad = jax.value_and_grad(_objective(problem, arrays, args), has_aux=True)(x)
+    def evaluate(x, fun, args):
+        (value, aux), grad = jax.value_and_grad(_objective(problem, fun, args), has_aux=True)(x)
         return value, aux, grad
 
     def rate(of_x):
         """Of value, aux and gradient, if x changes at a rate."""
-        return jax.jvp(evaluate, (x, data.arrays, data.args), (of_x, rates.arrays, rates.args))[1]
+        return jax.jvp(evaluate, (x, data.fun, data.args), (of_x, rates.fun, rates.args))[1]
 
     def on_free(vector):
         hessian = jax.jvp(
-            lambda x: evaluate(x, data.arrays, data.args)[2], (x,), (jnp.where(free, vector, 0),)
+            lambda x: evaluate(x, data.fun, data.args)[2], (x,), (jnp.where(free, vector, 0),)
         )[1]
         return jnp.where(free, hessian, vector)
 
