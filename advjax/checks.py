@@ -198,7 +198,7 @@ def number(name: str, value: Any, *, minimum: float, exclusive: bool = False) ->
     return out
 
 
-def share(name: str, value: Any) -> float:
+def fraction(name: str, value: Any) -> float:
     """`value` as a float; ValueError unless a number above 0 and below 1."""
     out = number(name, value, minimum=0, exclusive=True)
     if out >= 1:
