@@ -15,17 +15,9 @@ from flax import nnx
 
 from advjax import attacks
 from advjax.attacks import Attack, AttackResult
+from tests.attack_list import MAKERS
 
-each_attack = pytest.mark.parametrize(
-    "make",
-    [
-        attacks.lbfgs,
-        attacks.minimum_norm,
-        functools.partial(attacks.fgsm, epsilon=0.1, targeted=True),
-        lambda logits_fn: attacks.untargeted(attacks.minimum_norm(logits_fn), k=2),
-    ],
-    ids=["lbfgs", "minimum_norm", "fgsm", "untargeted"],
-)
+each_attack = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 KEYS = jax.random.split(jax.random.key(0), 6)
 X = jax.random.uniform(KEYS[0], (6,))
 
@@ -184,10 +176,8 @@ def all_kinds_of_meshes():
     targets = np.arange(6, dtype=np.int32) % 4
     params = parameters(KEYS[1])
     for make in (
-        attacks.lbfgs,
+        *MAKERS.values(),
         functools.partial(attacks.minimum_norm, start=attacks.decoupled(num_steps=3)),
-        functools.partial(attacks.fgsm, epsilon=0.1),
-        lambda fn: attacks.untargeted(attacks.minimum_norm(fn), k=2),
     ):
         attack = make(functools.partial(apply, params))
         expected = jax.jit(jax.vmap(attack))(xs, targets)

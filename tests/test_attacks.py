@@ -9,10 +9,8 @@ import pytest
 
 from advjax import Box, attacks, losses, metrics, solvers
 from experiments.common.peers import scipy_lbfgs
+from tests.attack_list import each_attack
 from tests.oracles import nearest_in_half_spaces, rms
-
-ATTACKS = [attacks.lbfgs, attacks.minimum_norm]
-each_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 
 
 @functools.cache

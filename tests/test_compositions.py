@@ -10,11 +10,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from advjax import attacks, losses, models
+from advjax import losses, models
+from tests.attack_list import each_attack
 
-each_attack = pytest.mark.parametrize(
-    "attack", [attacks.lbfgs, attacks.minimum_norm], ids=lambda attack: attack.__name__
-)
 SHAPE, CLASSES = (4, 5, 1), 4
 KEYS = jax.random.split(jax.random.key(0), 4)
 IMAGES = jax.random.uniform(KEYS[0], (6, *SHAPE))

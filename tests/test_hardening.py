@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from advjax import attacks, solvers
-from tests.test_attacks_failures import Status, X, check_invariants, each_attack, linear
+from tests.attack_list import each_attack
+from tests.test_attacks_failures import Status, X, check_invariants, linear
 
 # Random nets in random boxes.
 
