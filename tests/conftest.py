@@ -61,6 +61,22 @@ def cache_folder(tmp_path_factory):
         yield folder / "advjax"
 
 
+@pytest.fixture
+def compilations():
+    """A list that grows by one whenever XLA compiles a program; nothing is compiled yet."""
+    jax.clear_caches()
+    events = []
+
+    def note(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield events
+    # Older releases keep a listener for good, which does no harm.
+    getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)(note)
+
+
 @pytest.fixture(scope="session")
 def mnist():
     """Train and test digits: the whole of MNIST where it is prepared, else the sample."""

@@ -30,21 +30,6 @@ def apply(params, x):
     return jnp.tanh(x) @ params
 
 
-@pytest.fixture
-def compilations():
-    """A list that grows with each program that XLA compiles."""
-    events = []
-
-    def note(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield events
-    # Older releases keep a listener for good, which does no harm.
-    getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)(note)
-
-
 # A pytree
 
 

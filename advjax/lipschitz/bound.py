@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from advjax import checks
 from advjax.lipschitz.jaxpr import chains, intervals, patterns, products
-from advjax.lipschitz.jaxpr.interpreter import Context, interpret
+from advjax.lipschitz.jaxpr.interpreter import Context, enclosures, interpret
 from advjax.lipschitz.jaxpr.rules import (
     COMPLEX,
     ROUNDING,
@@ -462,11 +462,8 @@ def _is_complex(op: Operation, avals: Sequence[Any]) -> bool:
 def _location(
     op: Operation, radius: Float[ArrayLike, ""] | None
 ) -> tuple[Interval | None, Interval | None]:
-    """Enclose the entries of a result: for all inputs in question, and at the example."""
-    interval, centre = (
-        intervals.enclosure(op, [pick(x) if isinstance(x, Signal) else x for x in op.inputs])
-        for pick in (lambda signal: signal.interval, lambda signal: signal.centre)
-    )
+    """Enclose the entries of a result, and use the radius where that gives smaller intervals."""
+    interval, centre = enclosures(op)
     if interval is not None and centre is not None and radius is not None:
         chain = chains.ending(op)
         if chain is not None:

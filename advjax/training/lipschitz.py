@@ -1,6 +1,5 @@
 """Training towards small Lipschitz bounds."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,25 +67,27 @@ def lipschitz_penalty(
         return found
 
     def log_product(params: Any, vectors: Vectors) -> Float[Array, ""]:
-        lengths = jnp.stack(
-            [
-                jnp.max(jax.vmap(_stretch)(layer, v))
-                for layer, v in zip(layers(params), vectors, strict=True)
-            ]
-        )
+        each = zip(layers(params), vectors, strict=True)
+        stretch = jax.vmap(lambda layer, v: losses.l2(layer.apply(v)))
+        lengths = jnp.stack([jnp.max(stretch(layer, v)) for layer, v in each])
         # A layer of zeros has no logarithm; the floor gives it a gradient of 0.
         return jnp.sum(jnp.log(jnp.maximum(lengths, jnp.finfo(lengths.dtype).tiny)))
 
     def iterate(params: Any, vectors: Vectors, steps: int) -> Vectors:
-        turn = functools.partial(_turn, num_steps=steps)
-        found = zip(layers(jax.lax.stop_gradient(params)), vectors, strict=True)
-        return [jax.vmap(turn)(layer, v) for layer, v in found]
+        each = zip(layers(jax.lax.stop_gradient(params)), vectors, strict=True)
+        turn = jax.vmap(lambda layer, v: power_step(layer.apply, v, num_steps=steps))
+        return [turn(layer, v) for layer, v in each]
 
     def init(params: Any) -> LipschitzState:
-        keys = jax.random.split(jax.random.key(0), len(found := layers(params)))
+        found = layers(params)
+        keys = jax.random.split(jax.random.key(0), len(found))
+
+        def draw(layer: Dense | Conv, key: Key[Array, ""]) -> Float[Array, "*shape"]:
+            return jax.random.normal(key, layer.input_shape, layer.kernel.dtype)
+
         vectors = [
-            jax.vmap(_random_input)(layer, jax.random.split(key, len(layer.kernel)))
-            for key, layer in zip(keys, found, strict=True)
+            jax.vmap(draw)(layer, jax.random.split(key, len(layer.kernel)))
+            for layer, key in zip(found, keys, strict=True)
         ]
         vectors = iterate(params, vectors, 10)
         return LipschitzState(vectors, log_product(params, vectors))
@@ -100,17 +101,3 @@ def lipschitz_penalty(
         return updates, LipschitzState(vectors, value)
 
     return optax.GradientTransformation(init, update)
-
-
-def _random_input(layer: Dense | Conv, key: Key[Array, ""]) -> Float[Array, "*shape"]:
-    return jax.random.normal(key, layer.input_shape, layer.kernel.dtype)
-
-
-def _stretch(layer: Dense | Conv, vector: Float[Array, "*shape"]) -> Float[Array, ""]:
-    return losses.l2(layer.apply(vector))
-
-
-def _turn(
-    layer: Dense | Conv, vector: Float[Array, "*shape"], *, num_steps: int
-) -> Float[Array, "*shape"]:
-    return power_step(layer.apply, vector, num_steps=num_steps)

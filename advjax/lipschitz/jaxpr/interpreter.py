@@ -153,7 +153,7 @@ def _row(x: Any, step: int) -> Any:
     if isinstance(x, Signal):
         op = Operation("row", (x,), {"step": step}, x.shape[1:])
         # The constant of the whole array, computed once for all rows.
-        places = _enclosures(op)
+        places = enclosures(op)
         return Signal(x.shape[1:], x.dtype, lambda: x.scaled, op, op, x.reason, *places)
     return x[step]
 
@@ -166,11 +166,11 @@ def _stacked(column: Sequence[Any], context: Context, *, apart: bool) -> Any:
     op = Operation("stack", tuple(column), {}, shape, context.label, context.source)
     reason = next((s.reason for s in signals if s.reason), "")
     scaled = largest([s.scaled for s in signals]) if apart else constant(op, RULES["stack"])
-    return Signal(shape, signals[0].dtype, scaled, op, op, reason, *_enclosures(op))
+    return Signal(shape, signals[0].dtype, scaled, op, op, reason, *enclosures(op))
 
 
-def _enclosures(op: Operation) -> tuple[Interval | None, Interval | None]:
-    """Bounds of the entries of a result: for all inputs in question, and at the example."""
+def enclosures(op: Operation) -> tuple[Interval | None, Interval | None]:
+    """Enclose the entries of a result: for all inputs in question, and at the example."""
     inputs = [(x.interval, x.centre) if isinstance(x, Signal) else (x, x) for x in op.inputs]
     interval, centre = (intervals.enclosure(op, list(x)) for x in zip(*inputs, strict=True))
     return interval, centre

@@ -305,7 +305,7 @@ def _div(op: Operation) -> Scalar:
     """A product with `1 / y`, whose slope is `1 / y^2`."""
     numerator, denominator = op.inputs
     if not isinstance(denominator, Signal):
-        return _spread(op, numerator) * _largest_inverse(denominator)
+        return _spread(op, numerator) * _largest(denominator, inverse=True)
     distance = _distance_from_zero(intervals.anywhere(denominator))
     if concrete(distance) and float(distance) == 0:
         raise NotLipschitzError(
@@ -340,24 +340,16 @@ def _magnitude(signal: Signal, why: str) -> Scalar:
     return found
 
 
-def _largest(array: Array) -> Scalar:
-    if concrete(array):
-        with jax.ensure_compile_time_eval():
-            # The magnitudes are real even of complex numbers, and float64 represents all of them.
-            return float(np.max(np.abs(np.asarray(array)).astype(np.float64), initial=0))
-    magnitudes = jnp.abs(array)
-    dtype = jnp.promote_types(magnitudes.dtype, jnp.float32)
-    return jnp.max(magnitudes.astype(dtype), initial=0)
-
-
-def _largest_inverse(array: Array) -> Scalar:
+def _largest(array: Array, *, inverse: bool = False) -> Scalar:
+    """The largest magnitude of the entries, or of their inverses."""
     if concrete(array):
         with jax.ensure_compile_time_eval(), np.errstate(divide="ignore"):
-            magnitudes = np.abs(np.asarray(array)).astype(np.float64)
-            return float(np.max(1 / magnitudes, initial=0))
+            # The magnitudes are real even of complex numbers, and float64 represents all of them.
+            known = np.abs(np.asarray(array)).astype(np.float64)
+            return float(np.max(1 / known if inverse else known, initial=0))
     magnitudes = jnp.abs(array)
-    dtype = jnp.promote_types(magnitudes.dtype, jnp.float32)
-    return jnp.max(1 / magnitudes.astype(dtype), initial=0)
+    magnitudes = magnitudes.astype(jnp.promote_types(magnitudes.dtype, jnp.float32))
+    return jnp.max(1 / magnitudes if inverse else magnitudes, initial=0)
 
 
 def _broadcast(op: Operation) -> Scalar:
