@@ -109,11 +109,11 @@ def in_float64(kernels, multipliers):
     """The bound that the multipliers give, without a margin for rounding."""
     kernels = [np.asarray(kernel, np.float64) for kernel in kernels]
     S = np.eye(len(kernels[0]))
-    for kernel, (logs, share) in zip(kernels, multipliers, strict=False):
+    for kernel, (logs, fraction) in zip(kernels, multipliers, strict=False):
         units = np.exp(np.asarray(logs, np.float64))
         B = kernel.T @ S
         largest = np.linalg.norm(units[:, None] * B, 2)
-        D = 2 * np.sqrt(1 / (1 + np.exp(-float(share)))) / largest * units
+        D = 2 * np.sqrt(1 / (1 + np.exp(-float(fraction)))) / largest * units
         A = D[:, None] * B / 2
         S = np.linalg.inv(np.linalg.cholesky(np.eye(len(D)) - A @ A.T)).T / D[:, None]
     return np.linalg.norm(kernels[-1].T @ S, 2)

@@ -136,15 +136,13 @@ def test_every_choice_of_multipliers_gives_the_bound_of_the_cyclic_chain(name, s
     found = lipsdp._certified(chain, multipliers).constant
     cyclic = cyclic_matrices(layers)
     pixels = [
-        (np.tile(units, matrix.shape[1] // len(units)), share)
-        for (units, share), matrix in zip(multipliers, cyclic, strict=False)
+        (np.tile(units, matrix.shape[1] // len(units)), fraction)
+        for (units, fraction), matrix in zip(multipliers, cyclic, strict=False)
     ]
     exact = in_float64(cyclic, pixels)
     assert exact <= found <= 1.001 * exact
-    assert (
-        np.linalg.norm(jacobians(matrices, [1.0] * len(slopes), num=40, ones=0.2), 2, (1, 2)).max()
-        <= exact
-    )
+    total = jacobians(matrices, [1.0] * len(slopes), num=40, ones=0.2)
+    assert np.linalg.norm(total, 2, (1, 2)).max() <= exact
 
 
 def test_lipsdp_reaches_the_optimum_of_the_semidefinite_program_of_the_cyclic_chain():
