@@ -56,6 +56,14 @@ def _positive(derivative: Callable[[Array], Array]) -> Callable[[Array, Array], 
     return slope
 
 
+def _of_sigmoid(z: Array) -> Array:
+    return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
+
+
+def _of_erf(z: Array) -> Array:
+    return 2 / math.sqrt(math.pi) * jnp.exp(-(z**2))
+
+
 def _magnitude(lower: Array, upper: Array) -> Array:
     return jnp.maximum(jnp.abs(lower), jnp.abs(upper))
 
@@ -69,37 +77,13 @@ _ERF = 2 / math.sqrt(math.pi) * (1 + 2.0**-23)
 TABLE: dict[str, Elementwise] = {
     # Primitives
     "tanh": Elementwise(
-        jnp.tanh,
-        1.0,
-        _falling(lambda z: 4 * jax.nn.sigmoid(2 * z) * jax.nn.sigmoid(-2 * z)),
-        increasing=True,
-        low=-1.0,
-        high=1.0,
+        jnp.tanh, 1.0, _falling(lambda z: 4 * _of_sigmoid(2 * z)), increasing=True, low=-1, high=1
     ),
     "logistic": Elementwise(
-        jax.nn.sigmoid,
-        1 / 4,
-        _falling(lambda z: jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)),
-        increasing=True,
-        low=0.0,
-        high=1.0,
+        jax.nn.sigmoid, 1 / 4, _falling(_of_sigmoid), increasing=True, low=0.0, high=1.0
     ),
-    "erf": Elementwise(
-        jax.lax.erf,
-        _ERF,
-        _falling(lambda z: 2 / math.sqrt(math.pi) * jnp.exp(-(z**2))),
-        increasing=True,
-        low=-1.0,
-        high=1.0,
-    ),
-    "erfc": Elementwise(
-        jax.lax.erfc,
-        _ERF,
-        _falling(lambda z: 2 / math.sqrt(math.pi) * jnp.exp(-(z**2))),
-        decreasing=True,
-        low=0.0,
-        high=2.0,
-    ),
+    "erf": Elementwise(jax.lax.erf, _ERF, _falling(_of_erf), increasing=True, low=-1.0, high=1.0),
+    "erfc": Elementwise(jax.lax.erfc, _ERF, _falling(_of_erf), decreasing=True, low=0.0, high=2.0),
     "atan": Elementwise(
         jnp.arctan,
         1.0,
