@@ -1,4 +1,4 @@
-"""The strict configuration in which every test runs, and the nets that many attack."""
+"""The strict configuration in which every test runs, and the networks that many attack."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Victims:
-    """A trained net, with the first test images that it gets right and a target for each."""
+    """A trained network, with the first test images that it gets right and a target for each."""
 
     model: object
     params: dict

@@ -20,7 +20,7 @@ MODEL = models.MLP((12, CLASSES), activation=jnp.tanh)
 
 
 def parameters(key):
-    """A small net that is sure enough of itself to need an attack."""
+    """A small network that is sure enough of itself to need an attack."""
     params = MODEL.init(key, IMAGES[0])
     return jax.tree.map(lambda leaf: 3 * leaf, params)
 
@@ -45,7 +45,7 @@ def test_vmap_gives_what_a_python_loop_gives(attack):
 
 
 @each_attack
-def test_vmap_over_parameters_attacks_each_net(attack):
+def test_vmap_over_parameters_attacks_each_network(attack):
     nets = [parameters(key) for key in jax.random.split(KEYS[2], 3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nets)
 

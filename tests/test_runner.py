@@ -116,7 +116,7 @@ def test_any_attack_and_any_function_of_an_image_and_a_class_can_be_run():
     assert_same(whole, undisturbed())
 
 
-def test_another_net_of_the_same_shape_does_not_compile_again():
+def test_another_network_of_the_same_shape_does_not_compile_again():
     traces = []
 
     def apply(params, x):

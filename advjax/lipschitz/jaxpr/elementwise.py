@@ -1,6 +1,6 @@
 """A table of elementwise functions: slopes, ranges, monotonicity.
 
-All such facts stand here, once. The tests compare each row with `jax.grad` on a grid.
+Each such fact is written once, here. The tests compare each row with `jax.grad` on a grid.
 """
 
 import math
