@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from advjax import checks
 from advjax.lipschitz.jaxpr import chains, intervals, patterns, products
@@ -324,29 +324,15 @@ def _region(
     return _Region(program, inputs, radius, certifies)
 
 
-@known_now
-def _is_box(ends: Interval) -> Bool[Array, ""]:
-    return jnp.all(ends.lower <= ends.upper)
-
-
-@known_now
-def _is_not_negative(radius: Float[ArrayLike, ""]) -> Bool[Array, ""]:
-    return jnp.asarray(radius) >= 0
-
-
-@known_now
-def _is_number(x: Float[Array, "*shape"]) -> Bool[Array, ""]:
-    return ~jnp.any(jnp.isnan(x))
+_is_box = known_now(lambda ends: jnp.all(ends.lower <= ends.upper))
+_is_not_negative = known_now(lambda radius: jnp.asarray(radius) >= 0)
+_is_number = known_now(lambda x: ~jnp.any(jnp.isnan(x)))
+_clip = known_now(lambda x, ends: jnp.clip(x, ends.lower, ends.upper))
 
 
 @known_now
 def _example(leaf: Float[ArrayLike, "*shape"], aval: Any) -> Float[Array, "*shape"]:
     return jnp.asarray(leaf, aval.dtype).astype(jnp.promote_types(aval.dtype, jnp.float32))
-
-
-@known_now
-def _clip(x: Float[Array, "*shape"], ends: Interval) -> Float[Array, "*shape"]:
-    return jnp.clip(x, ends.lower, ends.upper)
 
 
 @known_now
