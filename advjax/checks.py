@@ -100,9 +100,9 @@ def is_outside(x: Any, box: Box, *, xp: Any = jnp) -> Bool[Array, ""]:
 
 
 def inside(name: str, x: Any, box: Any) -> None:
-    """ValueError if `x` and the box are known, and `x` is outside.
+    """ValueError if `x` is outside the box, as far as both are known and valid.
 
-    An empty box and pixels that are not finite are left to the caller.
+    Traced arrays, an empty box and pixels that are not finite get a status later.
     """
     lower, upper = pair("box", box)
     if any(isinstance(array, jax.core.Tracer) for array in (x, lower, upper)):
@@ -139,7 +139,11 @@ def model(name: str, logits_fn: Any) -> None:
 def logits(
     logits_fn: LogitsFn, x: Float[Array, "*shape"] | jax.ShapeDtypeStruct
 ) -> jax.ShapeDtypeStruct:
-    """What `logits_fn` returns for `x`; an error unless floating logits of one example."""
+    """The shape and dtype of `logits_fn(x)`.
+
+    TypeError unless it is a function that returns one floating array, ValueError unless that array
+    has the shape `(classes,)` with at least 2 classes.
+    """
     model("logits_fn", logits_fn)
     out = jax.eval_shape(logits_fn, x)
     if not hasattr(out, "shape"):
@@ -196,7 +200,7 @@ def number(name: str, value: Any, *, minimum: float, exclusive: bool = False) ->
     return out
 
 
-def share(name: str, value: Any) -> float:
+def fraction(name: str, value: Any) -> float:
     """`value` as a float; ValueError unless a number above 0 and below 1."""
     out = number(name, value, minimum=0, exclusive=True)
     if out >= 1:

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and digests that tell contents apart."""
+"""Atomic writes of files, and digests of their contents."""
 
 import hashlib
 import os
@@ -12,11 +12,11 @@ import numpy as np
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes or replaces a file in one step: nobody reads half of it, no crash leaves half of it.
+    """Write or replace a file atomically: neither a reader nor a crash meets half of it.
 
     Args:
-        path: The file; its folder must be there.
-        write: Writes the contents to the path that it is given. If it raises, there is nothing new.
+        path: The file; its folder must exist.
+        write: Writes the contents to the path that it is given. If it raises, nothing changes.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         unfinished = Path(directory) / path.name
@@ -27,11 +27,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def digest(*contents: Any) -> str:
-    """Hash what defines a result, so that a change of any of it is noticed.
+    """Hash everything that defines a result, so that a change is noticed.
 
     Args:
-        *contents: Strings; paths, of which the contents count and not the names; and arrays, PRNG
-            keys and bfloat16 among them, with their shapes and dtypes.
+        *contents: Strings; paths, for the contents of the files; and arrays of any dtype, PRNG keys
+            included, with their shapes and dtypes.
 
     Returns:
         16 hexadecimal digits.

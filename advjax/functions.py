@@ -18,7 +18,7 @@ class Function:
     NNX module) are leaves. Any other callable is static as a whole, and equal to itself alone.
 
     Args:
-        fn: The callable; a `Function` is taken as it is.
+        fn: The callable; a `Function` is copied.
     """
 
     _arrays: Sequence[Any]
@@ -45,7 +45,10 @@ class Function:
         updated since, then runs the compiled program of the first.
 
         Args:
-            args: Arguments, of which only shapes and dtypes count. The result takes no others.
+            args: Arguments, for their shapes and dtypes. The result takes no other shapes.
+
+        Returns:
+            A `Function` whose static part is the jaxpr.
         """
         jaxpr, shapes = jax.make_jaxpr(self._static.call, return_shape=True)(self._arrays, *args)
         consts = [_argument(const) for const in jaxpr.consts]
@@ -65,10 +68,10 @@ class Function:
 
 
 class _Static(Protocol):
-    """What a function is besides its arrays; hashable."""
+    """The static part of a function; hashable."""
 
     def call(self, arrays: Sequence[Any], *args: Any) -> Any:
-        """Call the function that it makes with these arrays."""
+        """Call the function with these arrays."""
 
 
 class _Template:
@@ -109,7 +112,7 @@ class _Opaque:
 
 
 class _Program:
-    """A function as it was traced; equal if the source is and the traces read alike."""
+    """A traced function; two are equal if their sources are equal and their jaxprs print alike."""
 
     def __init__(self, source: _Static, jaxpr: core.Jaxpr, out_structure: Any) -> None:
         self._source, self._jaxpr, self._out_structure = source, jaxpr, out_structure
@@ -141,7 +144,7 @@ def _with_arrays_as_leaves(fn: Any) -> Any:
     keywords = {name: _with_arrays_as_leaves(value) for name, value in fn.keywords.items()}
     if jax.tree_util.all_leaves([fn.func]):
         return jax.tree_util.Partial(fn.func, *args, **keywords)
-    # `Partial` takes its function for static, so that a callable pytree must be an argument.
+    # The function of a `Partial` is static, so that a callable pytree must be an argument.
     return jax.tree_util.Partial(_call, fn.func, *args, **keywords)
 
 
@@ -162,5 +165,5 @@ def _is_hashable(value: Any) -> bool:
 
 
 def _argument(const: Any) -> Any:
-    """Return a constant of a trace as something that a compiled function takes."""
+    """Return a constant of a trace as a valid argument of a compiled function."""
     return const if isinstance(const, jax.Array) else np.asarray(const)

@@ -38,13 +38,14 @@ def no_mesh() -> contextlib.AbstractContextManager:
 def vary_like(tree: T, like: Any) -> T:
     """Return `tree` with every leaf varying over the mesh axes that any leaf of `like` varies over.
 
-    Inside `jax.shard_map` a loop must carry the same type around: a state that begins with zeros,
-    equal on all devices, has to be declared as different on each before it meets a device's image.
-    Elsewhere this does nothing.
+    Inside `jax.shard_map` the type of a loop's carry must not change: an initial state of zeros,
+    equal on all devices, must be declared as varying before the loop mixes it with a device's
+    image. Elsewhere this does nothing.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return tree
-    # Whatever the version of JAX, a value varies as what it is computed from. XLA removes this.
+    # In every version of JAX a value varies over the axes of what it is computed from. XLA removes
+    # the computation.
     never = functools.reduce(jnp.logical_or, map(_never, jax.tree.leaves(like)), jnp.bool_(False))
     return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), tree)
 

@@ -220,7 +220,7 @@ def wilson_interval(k: ArrayLike, n: ArrayLike, *, confidence: float = 0.95) -> 
 
     Reference: Wilson (1927), without continuity correction.
     """
-    confidence = checks.share("confidence", confidence)
+    confidence = checks.fraction("confidence", confidence)
     z2 = statistics.NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     k, n = jnp.asarray(k, float), jnp.asarray(n, float)
     centre = (k + z2 / 2) / (n + z2)

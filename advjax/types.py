@@ -1,4 +1,4 @@
-"""The few types that every part of the library shares."""
+"""The types that all parts of the library use."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,9 +11,9 @@ LogitsFn = Callable[[Float[Array, "*shape"]], Float[Array, " classes"]]
 
 
 class Box(NamedTuple):
-    """The box in which an image lives, each bound broadcast to the image's shape.
+    """The range of the pixels, each bound broadcast to the image's shape.
 
-    Any `(lower, upper)` pair is accepted where a box is asked for. A bound may be infinite.
+    Wherever a box is expected, any pair `(lower, upper)` will do. A bound may be infinite.
     """
 
     lower: ArrayLike = 0.0

@@ -34,7 +34,7 @@ def run(args: Sequence[str]) -> int:
         return 0
     name, *flags = args
     if name not in COMMANDS:
-        print(f"{name!r} is no experiment; choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"NAME: {name!r}, expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     try:
         import tyro

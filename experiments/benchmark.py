@@ -156,7 +156,7 @@ def scipy_loop(network: networks.Network, xs: np.ndarray, targets: np.ndarray) -
     )
 
 
-# --- what they came to -----------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------
 
 
 def compare(

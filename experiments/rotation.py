@@ -75,7 +75,7 @@ def measure(options: Options, digits: Digits, seed: int) -> Row:
     for name in LAYERS if seed < options.convnet_seeds else ("FC100-100-10",):
         network = networks.load_or_train(key, name, digits.train, steps=options.steps)
         cases |= _of_network(network, test, init_key)
-    if seed == 0:  # the images are the same for all seeds seeds
+    if seed == 0:  # the images are the same for all seeds
         cases["images, halved", "", "pixels"] = _halved(test.images), None
     cases["noise", "", "units"] = jax.random.normal(noise_key, (len(test.labels), 100)), None
     return {

@@ -123,20 +123,14 @@ def draw(content: Content, arrays: Arrays) -> dict[str, Figure]:
     """Errors against the RMS of scaled distortions, for each kind of pair of networks."""
     del arrays
     columns, found = transfers.by_row(content)
-    sorts: dict[str, list[tuple[str, int]]] = {
-        "the network itself": [],
-        "another architecture, trained on the same images": [],
-        "trained on other images": [],
-    }
+    itself, other = "the network itself", "trained on other images"
+    sibling = "another architecture, trained on the same images"
+    sorts: dict[str, list[tuple[str, int]]] = {itself: [], sibling: [], other: []}
     for row in columns:
         for i, column in enumerate(columns):
-            other = row.endswith("'") != column.endswith("'")
-            name = (
-                "the network itself"
-                if row == column
-                else "another architecture, trained on the same images"
-            )
-            sorts["trained on other images" if other else name].append((row, i))
+            elsewhere = row.endswith("'") != column.endswith("'")
+            name = other if elsewhere else itself if row == column else sibling
+            sorts[name].append((row, i))
 
     figure = Figure(figsize=(6.4, 4), dpi=100, layout="constrained")
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""The strict configuration in which every test runs, and the nets that many attack."""
+"""The strict configuration in which every test runs, and the networks that many attack."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(config, items):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Victims:
-    """A trained net, with the first test images that it gets right and a target for each."""
+    """A trained network, with the first test images that it gets right and a target for each."""
 
     model: object
     params: dict
@@ -59,6 +59,22 @@ def cache_folder(tmp_path_factory):
         folder = tmp_path_factory.getbasetemp() / "cache"
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder / "advjax"
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one whenever XLA compiles a program; nothing is compiled yet."""
+    jax.clear_caches()
+    events = []
+
+    def note(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield events
+    # Older releases keep a listener for good, which does no harm.
+    getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)(note)
 
 
 @pytest.fixture(scope="session")

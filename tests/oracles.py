@@ -74,3 +74,19 @@ def conv_matrix(kernel, input_shape, strides=1, padding="SAME", dilation=1, grou
                     (..., *tap, slice(None), makes)
                 ]
     return matrix.reshape(*many, int(np.prod(input_shape)), -1)
+
+
+def jacobians(matrices, slopes, *, num, ones=0.5, seed=0):
+    """The Jacobians (num, outputs, inputs) of a chain, in float64, with slopes drawn at random.
+
+    Most have slopes at their ends, 0 or the largest, the latter for a fraction above `ones`.
+    """
+    rng = np.random.default_rng(seed)
+    total = np.broadcast_to(np.eye(len(matrices[0])), (num, *2 * matrices[0].shape[:1]))
+    for matrix, slope in zip(matrices, [*slopes, None], strict=True):
+        total = np.asarray(matrix, np.float64).T @ total
+        if slope is not None:
+            inside = rng.uniform(size=total.shape[:2])
+            fractions = np.where(rng.random((num, 1)) < 0.7, inside > ones, inside)
+            total = fractions[..., None] * (slope * total)
+    return total

@@ -161,10 +161,15 @@ def _simple(table: dict[str, Function]) -> list[str]:
     return list(table)
 
 
-def _step(group: list[str]):
+ARRAYS = range(1, 9)  # the ranks of all but scalars
+
+
+def _step(group: list[str], *, ranks: Sequence[int] = range(9)):
+    """Add a step to the table and to a group, for arrays of some ranks."""
+
     def add(make):
         name = make.__name__.strip("_")
-        STEPS[name] = make
+        STEPS[name] = lambda draw: make(draw) if len(draw.shape) in ranks else None
         group.append(name)
         return make
 
@@ -267,10 +272,8 @@ def _mask_with_itself(draw):
     return lambda x: jnp.where(mask, x, factor * x)
 
 
-@_step(LINEAR)
+@_step(LINEAR, ranks=[1])
 def _square_dense(draw):
-    if len(draw.shape) != 1:
-        return None
     kernel = draw.kernel(draw.size, draw.size)
     return lambda x: x @ kernel
 
@@ -286,10 +289,8 @@ def _roll(draw):
     return lambda x: jnp.roll(x, 1)
 
 
-@_step(LINEAR)
+@_step(LINEAR, ranks=ARRAYS)
 def _cumsum(draw):
-    if not draw.shape:
-        return None
     axis, reverse = draw.axis(), draw.choice(False, True)
     return lambda x: jax.lax.cumsum(x, axis, reverse=reverse)
 
@@ -307,10 +308,8 @@ PRESERVING = [*ACTIVATIONS, *LINEAR]  # of shape and dtype
 LAYERS: list[str] = []
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=ARRAYS)
 def _dense(draw):
-    if not draw.shape:
-        return None
     kernel = draw.kernel(draw.shape[-1], draw.choice(1, 4))
     bias = draw.constant(draw.choice(0.0, 0.3, 3.0) * draw.rng.normal(size=kernel.shape[-1:]))
     return lambda x: x @ kernel + jnp.broadcast_to(bias, (*x.shape[:-1], *bias.shape))
@@ -322,10 +321,8 @@ def _dense_logits(draw):
     return lambda x: x @ kernel
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=[1])
 def _two_layers(draw):
-    if len(draw.shape) != 1:
-        return None
     first, second = draw.kernel(draw.size, 4), draw.kernel(4, 4)
     bias = draw.constant(draw.rng.normal(size=4))
     activation = draw.choice(
@@ -334,18 +331,14 @@ def _two_layers(draw):
     return lambda x: activation(x @ first + bias) @ second
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=[2])
 def _dense_from_the_left(draw):
-    if len(draw.shape) != 2:
-        return None
     kernel = draw.kernel(int(draw.rng.integers(1, 5)), draw.shape[0])
     return lambda x: kernel @ x
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=[2])
 def _batched_einsum(draw):
-    if len(draw.shape) != 2:
-        return None
     kernel = draw.kernel(draw.shape[0], draw.shape[1], 3)
     return lambda x: jnp.einsum("ab,abc->ac", x, kernel)
 
@@ -371,10 +364,8 @@ def _conv(draw):
     return conv
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=[2])
 def _conv_by_groups(draw):
-    if len(draw.shape) != 2:
-        return None
     kernel = draw.kernel(3, 1, 2 * draw.shape[1])
 
     def conv(x):
@@ -390,10 +381,8 @@ def _conv_by_groups(draw):
     return conv
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=[2])
 def _transposed_conv(draw):
-    if len(draw.shape) != 2:
-        return None
     kernel = draw.kernel(3, draw.shape[1], 2)
     return lambda x: jax.lax.conv_transpose(
         x[None], kernel, (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
@@ -432,35 +421,27 @@ def _slice(draw):
     return lambda x: x[start::step]
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=ARRAYS)
 def _rows_by_index(draw):
-    if not draw.shape:
-        return None
     index = draw.rng.integers(draw.shape[0], size=draw.choice(2, 3, 5))
     return lambda x: x[index]
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=ARRAYS)
 def _pad(draw):
-    if not draw.shape:
-        return None
     mode = draw.choice("constant", "edge", "wrap")
     return lambda x: jnp.pad(x, [(1, 1), *[(0, 0)] * (x.ndim - 1)], mode=mode)
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=ARRAYS)
 def _interior_padding(draw):
-    if not draw.shape:
-        return None
     config = [(int(draw.rng.integers(-1, 2)), 1, int(draw.rng.integers(2))) for _ in draw.shape]
     value = draw.number()
     return lambda x: jax.lax.pad(x, value, config)
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=ARRAYS)
 def _sum(draw):
-    if not draw.shape:
-        return None
     axis = draw.axis()
     return draw.choice(lambda x: x.sum(axis), lambda x: x.sum(axis, keepdims=True))
 
@@ -487,55 +468,45 @@ def _repeat(draw):
     return draw.choice(lambda x: jnp.repeat(x, 2), lambda x: jnp.tile(x.ravel(), 2))
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=[2])
 def _max_pool(draw):
-    if len(draw.shape) != 2:
-        return None
     strides, padding = draw.choice(1, 2), draw.choice("SAME", "VALID")
     return lambda x: nn.max_pool(x, (min(2, x.shape[0]),), (strides,), padding)
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=[2])
 def _avg_pool(draw):
-    if len(draw.shape) != 2:
-        return None
     strides, padding = draw.choice(1, 2), draw.choice("SAME", "VALID")
     return lambda x: nn.avg_pool(x, (min(2, x.shape[0]),), (strides,), padding)
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=ARRAYS)
 def _window_sum(draw):
-    if not draw.shape:
-        return None
     window = [int(draw.rng.integers(1, 4)) for _ in draw.shape]
     return lambda x: jax.lax.reduce_window(
         x, jnp.zeros((), x.dtype), jax.lax.add, window, [1] * x.ndim, "SAME"
     )
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=ARRAYS)
 def _sort(draw):
-    axis = draw.axis() if draw.shape else None
-    return (lambda x: jnp.sort(x, axis)) if draw.shape else None
+    axis = draw.axis()
+    return lambda x: jnp.sort(x, axis)
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=ARRAYS)
 def _top_values(draw):
-    return (lambda x: jax.lax.top_k(x, 1)[0]) if draw.shape else None
+    return lambda x: jax.lax.top_k(x, 1)[0]
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=ARRAYS)
 def _with_a_constant(draw):
-    if not draw.shape:
-        return None
     rows = draw.kernel(2, *draw.shape[1:])
     return lambda x: jnp.concatenate([rows, x])
 
 
-@_step(LAYERS)
+@_step(LAYERS, ranks=[1])
 def _outer_sum(draw):
-    if len(draw.shape) != 1:
-        return None
     return lambda x: x[:, None] + x[None, :]
 
 
@@ -571,10 +542,8 @@ SMOOTH = _simple(
 )
 
 
-@_step(SMOOTH)
+@_step(SMOOTH, ranks=ARRAYS)
 def _normalisation_of_flax(draw):
-    if not draw.shape:
-        return None
     layer = draw.choice(
         nn.LayerNorm(epsilon=0.1), nn.RMSNorm(epsilon=0.1), nn.GroupNorm(1, epsilon=0.1)
     )
@@ -583,10 +552,8 @@ def _normalisation_of_flax(draw):
     return lambda x: layer.apply(layer.init(jax.random.key(0), x), x)
 
 
-@_step(SMOOTH)
+@_step(SMOOTH, ranks=ARRAYS)
 def _layer_norm(draw):
-    if not draw.shape:
-        return None
     scale = draw.kernel(draw.shape[-1])
 
     def layer_norm(x):
@@ -648,10 +615,8 @@ PRODUCTS = _simple(
 )
 
 
-@_step(PRODUCTS)
+@_step(PRODUCTS, ranks=[2])
 def _attention(draw):
-    if len(draw.shape) != 2:
-        return None
     queries, keys, values = (draw.kernel(draw.shape[1], 2) for _ in range(3))
 
     def attention(x):
@@ -661,10 +626,8 @@ def _attention(draw):
     return attention
 
 
-@_step(PRODUCTS)
+@_step(PRODUCTS, ranks=[1])
 def _bilinear(draw):
-    if len(draw.shape) != 1:
-        return None
     kernel = draw.kernel(draw.size, draw.size)
     return draw.choice(
         lambda x: x @ (kernel @ jnp.tanh(x)),
@@ -707,24 +670,20 @@ JUMPS = _simple(
 )
 
 
-@_step(JUMPS)
+@_step(JUMPS, ranks=ARRAYS)
 def _top_indices(draw):
-    return (lambda x: jax.lax.top_k(x, 1)[1].astype(x.dtype)) if draw.shape else None
+    return lambda x: jax.lax.top_k(x, 1)[1].astype(x.dtype)
 
 
-@_step(JUMPS)
+@_step(JUMPS, ranks=ARRAYS)
 def _sorted_payload(draw):
-    if not draw.shape:
-        return None
     payload = draw.kernel(*draw.shape)
     return lambda x: jax.lax.sort_key_val(x, jnp.asarray(payload))[1]
 
 
-@_step(JUMPS)
+@_step(JUMPS, ranks=ARRAYS)
 def _sorted_with_itself(draw):
     """The keys are scaled copies of the values, or their flip."""
-    if not draw.shape:
-        return None
     return draw.choice(
         lambda x: jax.lax.sort((x, 2 * x), num_keys=1)[1],
         lambda x: jax.lax.sort((x, jnp.flip(x)), num_keys=1)[1],
@@ -732,10 +691,8 @@ def _sorted_with_itself(draw):
     )
 
 
-@_step(JUMPS)
+@_step(JUMPS, ranks=ARRAYS)
 def _rows_at_argsort(draw):
-    if not draw.shape:
-        return None
     table = draw.kernel(*draw.shape)
     return draw.choice(
         lambda x: jnp.take_along_axis(x, jnp.argsort(x, 0), 0),
@@ -750,10 +707,8 @@ def _gradient(draw):
     return jax.grad(lambda y: jnp.sum(activation(y)))
 
 
-@_step(JUMPS)
+@_step(JUMPS, ranks=ARRAYS)
 def _gradient_of_a_selection(draw):
-    if not draw.shape:
-        return None
     weights = draw.kernel(*draw.shape)
     loss = draw.choice(
         jnp.max,
@@ -812,10 +767,8 @@ def _larger_of_branches(draw):
     return lambda x: join(one(x), other(x))
 
 
-@_step(STRUCTURES)
+@_step(STRUCTURES, ranks=ARRAYS)
 def _concatenated_branches(draw):
-    if not draw.shape:
-        return None
     one, other = draw.inner(PRESERVING), draw.inner(PRESERVING)
     return lambda x: jnp.concatenate([one(x), other(x)])
 
@@ -874,11 +827,9 @@ def _scan(draw):
     return scan
 
 
-@_step(STRUCTURES)
+@_step(STRUCTURES, ranks=ARRAYS)
 def _scan_over_rows(draw):
     """Rows in, rows out, and a carry that the last row may overwrite."""
-    if not draw.shape:
-        return None
     row = draw.constant(np.zeros(draw.shape[1:]))
     reverse = draw.choice(False, True)
     kind = draw.choice("overwritten", "summed", "kept", "shifted")
@@ -940,18 +891,14 @@ def _cond_of_a_constant(draw):
     return lambda x: jax.lax.cond(flag, one, other, x)
 
 
-@_step(STRUCTURES)
+@_step(STRUCTURES, ranks=ARRAYS)
 def _vmap(draw):
-    if not draw.shape:
-        return None
     row = dataclasses.replace(draw, like=jax.ShapeDtypeStruct(draw.shape[1:], draw.like.dtype))
     return jax.vmap(row.inner([*PRESERVING, *LAYERS]))
 
 
-@_step(STRUCTURES)
+@_step(STRUCTURES, ranks=ARRAYS)
 def _scattered(draw):
-    if not draw.shape:
-        return None
     factor = draw.number()
     return draw.choice(
         lambda x: x.at[0].set(x[-1] * factor),
@@ -1023,11 +970,9 @@ def _cond_of_a_number(draw):
     return lambda x: jax.lax.cond(jnp.asarray(number) > 0, one, other, x)
 
 
-@_step(STRUCTURES)
+@_step(STRUCTURES, ranks=ARRAYS)
 def _at_an_index(draw):
     """The index is known, unless constants are traced."""
-    if not draw.shape:
-        return None
     number = draw.constant(draw.rng.integers(draw.shape[0]))
 
     def at_an_index(x):
@@ -1049,18 +994,14 @@ def _updated(draw):
     )
 
 
-@_step(STRUCTURES)
+@_step(STRUCTURES, ranks=ARRAYS)
 def _associative_scan(draw):
-    if not draw.shape:
-        return None
     join = draw.choice(jnp.add, jnp.maximum)
     return lambda x: jax.lax.associative_scan(join, x)
 
 
-@_step(STRUCTURES)
+@_step(STRUCTURES, ranks=ARRAYS)
 def _mapped(draw):
-    if not draw.shape:
-        return None
     row = dataclasses.replace(draw, like=jax.ShapeDtypeStruct(draw.shape[1:], draw.like.dtype))
     branch = row.inner(PRESERVING)
     return lambda x: jax.lax.map(branch, x)

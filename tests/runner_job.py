@@ -1,4 +1,4 @@
-"""A small net and its images; and, as a program, runs of the runner for the tests to watch.
+"""A small network and its images; and, as a program, runs of the runner for the tests to watch.
 
 `all OUT`, `durable OUT DIRECTORY`, or `process OUT DIRECTORY PORT NUMBER`: each saves the results
 in OUT and prints how many images each device finished.
@@ -32,7 +32,7 @@ def apply(params, x):
 
 
 def draw(n):
-    """Images, and for each a class that the net does not give it."""
+    """Images, and for each a class that the network does not give it."""
     xs = np.random.default_rng(1).uniform(size=(n, PIXELS)).astype(np.float32)
     first, second = parameters(0)
     return xs, (np.argmax(np.tanh(xs @ first) @ second, axis=1) + 1 + np.arange(n) % 4) % CLASSES

@@ -59,10 +59,9 @@ def test_functions_say_what_goes_in_and_what_comes_out(function):
     first = doc.splitlines()[0]
     assert first.endswith("."), "a docstring begins with one sentence"
     parameters = inspect.signature(function).parameters.values()
-    if not function.__name__.endswith("_machine"):  # these share the docstring of their attack
-        for parameter in parameters:
-            assert f"{parameter.name}: " in doc, f"{parameter.name} is not documented"
-        assert "Returns:" in doc or function.__annotations__["return"] is None
+    for parameter in parameters:
+        assert f"{parameter.name}: " in doc, f"{parameter.name} is not documented"
+    assert "Returns:" in doc or function.__annotations__["return"] is None
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

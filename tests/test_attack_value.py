@@ -15,17 +15,9 @@ from flax import nnx
 
 from advjax import attacks
 from advjax.attacks import Attack, AttackResult
+from tests.attack_list import MAKERS
 
-each_attack = pytest.mark.parametrize(
-    "make",
-    [
-        attacks.lbfgs,
-        attacks.minimum_norm,
-        functools.partial(attacks.fgsm, epsilon=0.1, targeted=True),
-        lambda logits_fn: attacks.untargeted(attacks.minimum_norm(logits_fn), k=2),
-    ],
-    ids=["lbfgs", "minimum_norm", "fgsm", "untargeted"],
-)
+each_attack = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 KEYS = jax.random.split(jax.random.key(0), 6)
 X = jax.random.uniform(KEYS[0], (6,))
 
@@ -36,21 +28,6 @@ def parameters(key):
 
 def apply(params, x):
     return jnp.tanh(x) @ params
-
-
-@pytest.fixture
-def compilations():
-    """A list that grows with each program that XLA compiles."""
-    events = []
-
-    def note(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield events
-    # Older releases keep a listener for good, which does no harm.
-    getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)(note)
 
 
 # A pytree
@@ -184,10 +161,8 @@ def all_kinds_of_meshes():
     targets = np.arange(6, dtype=np.int32) % 4
     params = parameters(KEYS[1])
     for make in (
-        attacks.lbfgs,
+        *MAKERS.values(),
         functools.partial(attacks.minimum_norm, start=attacks.decoupled(num_steps=3)),
-        functools.partial(attacks.fgsm, epsilon=0.1),
-        lambda fn: attacks.untargeted(attacks.minimum_norm(fn), k=2),
     ):
         attack = make(functools.partial(apply, params))
         expected = jax.jit(jax.vmap(attack))(xs, targets)

@@ -1,4 +1,4 @@
-"""The attacks on nets trained on MNIST, against SciPy and an exact quadratic program."""
+"""The attacks on networks trained on MNIST, against SciPy and an exact quadratic program."""
 
 import functools
 
@@ -9,22 +9,20 @@ import pytest
 
 from advjax import Box, attacks, losses, metrics, solvers
 from experiments.common.peers import scipy_lbfgs
+from tests.attack_list import each_attack
 from tests.oracles import nearest_in_half_spaces, rms
-
-ATTACKS = [attacks.lbfgs, attacks.minimum_norm]
-each_attack = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
 
 
 @functools.cache
 def attack_all(attack, victims, **options):
-    """One attack on all images of one net."""
+    """One attack on all images of one network."""
     run = jax.jit(jax.vmap(attack(victims.logits_fn, **options)))
     return run(victims.images, victims.targets)
 
 
 @pytest.fixture(params=["fc10", "fc100"])
 def victims(request):
-    """Each of the two trained nets."""
+    """Each of the two trained networks."""
     return request.getfixturevalue(request.param)
 
 
@@ -39,7 +37,7 @@ def gold(victims):
 
 @pytest.fixture(scope="session")
 def gold_distortions(fc10, fc100):
-    """The mean distortion of SciPy's attack on each net."""
+    """The mean distortion of SciPy's attack on each network."""
     golds = {net: gold(net) for net in (fc10, fc100)}
     assert all(result.success for results in golds.values() for result in results)
     return {net: np.mean([r.distortion for r in results]) for net, results in golds.items()}
@@ -66,13 +64,13 @@ def test_lbfgs_is_as_near_as_scipy_in_a_fraction_of_its_evaluations(victims, gol
 
 
 def test_minimum_norm_is_one_percent_nearer_than_the_penalised_objective(fc100, gold_distortions):
-    """How much nearer depends on the net: 0.98 to 1.06 % on four that differ by their seeds."""
+    """How much nearer depends on the network: 0.98 to 1.06 % on four that differ by their seeds."""
     result = attack_all(attacks.minimum_norm, fc100)
     assert float(result.distortion.mean()) <= 0.99 * gold_distortions[fc100]
     assert float(result.num_evals.mean()) <= 60
 
 
-def test_minimum_norm_reaches_the_exact_optimum_of_a_linear_net(fc10):
+def test_minimum_norm_reaches_the_exact_optimum_of_a_linear_network(fc10):
     result = attack_all(attacks.minimum_norm, fc10)
     layer = fc10.params["params"]["logits"]
     exact = np.array(
@@ -195,7 +193,7 @@ def test_untargeted_is_the_nearest_of_all_targets(attack, fc10):
     np.testing.assert_allclose(one.distortion, every.distortion[second], rtol=1e-4)
 
 
-def test_untargeted_leaves_alone_what_the_net_gets_wrong_already(fc10):
+def test_untargeted_leaves_alone_what_the_network_gets_wrong_already(fc10):
     x = fc10.images[0]
     wrong = (jnp.argmax(fc10.logits_fn(x)) + 1) % 10
     result = attacks.untargeted(attacks.lbfgs(fc10.logits_fn), k=3)(x, wrong)

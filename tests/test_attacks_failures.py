@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from advjax import attacks, losses, runner
+from tests.attack_list import each_attack
 
 Status = attacks.Status
-each_attack = pytest.mark.parametrize(
-    "attack", [attacks.lbfgs, attacks.minimum_norm], ids=lambda attack: attack.__name__
-)
 X = jnp.array([[0.9, 0.2], [0.4, 0.1]])
 KERNEL = jnp.array([[4.0, -4.0, 1.0], [0.0, 1.0, -1.0], [1.0, 1.0, 0.0], [0.5, 0.0, 2.0]])
 

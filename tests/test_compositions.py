@@ -10,11 +10,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from advjax import attacks, losses, models
+from advjax import losses, models
+from tests.attack_list import each_attack
 
-each_attack = pytest.mark.parametrize(
-    "attack", [attacks.lbfgs, attacks.minimum_norm], ids=lambda attack: attack.__name__
-)
 SHAPE, CLASSES = (4, 5, 1), 4
 KEYS = jax.random.split(jax.random.key(0), 4)
 IMAGES = jax.random.uniform(KEYS[0], (6, *SHAPE))
@@ -22,7 +20,7 @@ MODEL = models.MLP((12, CLASSES), activation=jnp.tanh)
 
 
 def parameters(key):
-    """A small net that is sure enough of itself to need an attack."""
+    """A small network that is sure enough of itself to need an attack."""
     params = MODEL.init(key, IMAGES[0])
     return jax.tree.map(lambda leaf: 3 * leaf, params)
 
@@ -47,7 +45,7 @@ def test_vmap_gives_what_a_python_loop_gives(attack):
 
 
 @each_attack
-def test_vmap_over_parameters_attacks_each_net(attack):
+def test_vmap_over_parameters_attacks_each_network(attack):
     nets = [parameters(key) for key in jax.random.split(KEYS[2], 3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *nets)
 

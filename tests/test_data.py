@@ -234,7 +234,7 @@ def test_our_builders_do_not_replace_those_of_tensorflow_datasets(tfds_mnist):
     code = (
         "import tensorflow_datasets as tfds\n"
         "from advjax.data import tfds_mnist\n"
-        "assert not isinstance(tfds.builder('mnist'), tfds_mnist.MNIST)"
+        "assert not isinstance(tfds.builder('mnist'), tfds_mnist.BUILDERS['mnist'])"
     )
     # In a new process: in one that has looked for a builder of ImageNet it may know none of MNIST.
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -243,7 +243,7 @@ def test_our_builders_do_not_replace_those_of_tensorflow_datasets(tfds_mnist):
 def test_a_failed_download_is_the_same_one_error(tfds_mnist, server, tmp_path, monkeypatch):
     folder, url, answered = server
     (folder / "t10k-labels-idx1-ubyte.gz").touch()  # and the other three are missing
-    monkeypatch.setattr(tfds_mnist.MNIST, "URL", url)
+    monkeypatch.setattr(tfds_mnist.BUILDERS["mnist"], "URL", url)
     with pytest.raises(FileNotFoundError, match=r"HTTP code: 404.*TFDS_DATA_DIR"):
         data.load("mnist", "test", source="tfds", data_dir=tmp_path / "prepared")
     # Keep the server up for the other downloads, which would go on trying for minutes.
@@ -308,7 +308,7 @@ def test_without_tensorflow_datasets_the_error_names_the_extra(monkeypatch):
 def test_data_prepared_in_a_format_that_takes_tensorflow_are_named(tfds_mnist, tmp_path):
     folder = tmp_path / "mnist" / "3.0.1"
     folder.mkdir(parents=True)
-    builder = tfds_mnist.MNIST(data_dir=tmp_path)
+    builder = tfds_mnist.BUILDERS["mnist"](data_dir=tmp_path)
     splits = [{"name": "test", "shardLengths": ["1"], "filepathTemplate": "{DATASET}.{FILEFORMAT}"}]
     info = {"name": "mnist", "version": "3.0.1", "fileFormat": "tfrecord", "splits": splits}
     (folder / "dataset_info.json").write_text(json.dumps(info))

@@ -192,8 +192,8 @@ def test_the_gradient_is_that_of_finite_differences_in_double_precision(params):
 # --- depthwise convolutions ------------------------------------------------------------------
 
 
-def grouped(x, kernel, strides):
-    return jax.lax.conv_general_dilated(
+def grouped(x, kernel, strides, convolve=jax.lax.conv_general_dilated):
+    return convolve(
         x,
         kernel,
         strides,
@@ -203,15 +203,7 @@ def grouped(x, kernel, strides):
     )
 
 
-def depthwise(x, kernel, strides):
-    return efficientnet._depthwise(
-        x,
-        kernel,
-        strides,
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-    )
+depthwise = functools.partial(grouped, convolve=efficientnet._depthwise)
 
 
 @pytest.mark.parametrize("size", [3, 5])

@@ -161,7 +161,7 @@ def test_double_precision_is_kept():
         np.testing.assert_allclose(result.x_adv, expected, rtol=1e-15)
 
 
-def test_the_linear_net_reads_hardly_a_digit_after_a_step_of_a_quarter(fc10):
+def test_the_linear_network_reads_hardly_a_digit_after_a_step_of_a_quarter(fc10):
     """The published figure is 99.9 % at 0.25, for a softmax on MNIST."""
     labels = jax.vmap(fc10.logits_fn)(fc10.images).argmax(1)
     epsilons = jnp.array([0.0, 0.05, 0.25])

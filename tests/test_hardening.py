@@ -1,4 +1,4 @@
-"""What holds of every net, box, precision and size, and under the switches for debugging."""
+"""What holds of every network, box, precision and size, and under the switches for debugging."""
 
 import functools
 import warnings
@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from advjax import attacks, solvers
-from tests.test_attacks_failures import Status, X, check_invariants, each_attack, linear
+from tests.attack_list import each_attack
+from tests.test_attacks_failures import Status, X, check_invariants, linear
 
-# Random nets in random boxes.
+# Random networks in random boxes.
 
 
 class Net(NamedTuple):

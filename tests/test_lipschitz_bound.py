@@ -362,7 +362,7 @@ def test_the_gains_along_a_chain_multiply_to_the_bound():
 # Transformations
 
 
-def test_the_bound_of_a_net_under_training_has_a_gradient():
+def test_the_bound_of_a_network_under_training_has_a_gradient():
     model, x = models.MLP((6, 3)), jnp.ones((2, 2))
     params = drawn(jax.eval_shape(model.init, jax.random.key(0), x))
 
@@ -403,7 +403,7 @@ def test_a_bound_beyond_its_dtype_is_infinite_as_are_the_gains_from_there():
     assert not np.isnan(gains).any()
 
 
-def test_a_net_of_nan_has_no_finite_bound():
+def test_a_network_of_nan_has_no_finite_bound():
     assert not np.isfinite(constant(lambda x: x @ (W * np.nan), X))
 
 

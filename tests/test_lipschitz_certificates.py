@@ -13,7 +13,7 @@ from advjax import attacks, lipschitz, runner
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Certified:
-    """A trained net on test digits, with certificates of three kinds."""
+    """A trained network on test digits, with certificates of three kinds."""
 
     logits_fn: object
     images: jax.Array

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from advjax import lipschitz
 from advjax.lipschitz.linear import lipsdp
+from tests.oracles import jacobians
 
 METHODS = (lipschitz.product, lipschitz.eclipse, lipschitz.lipsdp)
 WIDTHS = (7, 8, 6, 5)
@@ -29,27 +30,13 @@ def bounds(seed):
     return [method(draw(seed), SLOPES) for method in METHODS]
 
 
-def steepest(kernels, slopes, num=300, seed=0):
-    """The Jacobians `W^T D W^T D W^T` of slopes at random, and at their ends, in float64."""
-    rng = np.random.default_rng(seed)
-    total = np.broadcast_to(np.eye(len(kernels[0])), (num, *2 * kernels[0].shape[:1]))
-    for kernel, slope in zip(kernels, [*slopes, None], strict=True):
-        total = np.asarray(kernel, np.float64).T @ total
-        if slope is not None:
-            share = rng.uniform(size=total.shape[:2])
-            total = np.where(rng.random((num, 1)) < 0.7, np.round(share), share)[..., None] * (
-                slope * total
-            )
-    return total
-
-
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31 - 1))
 def test_each_method_bounds_every_jacobian_and_is_no_looser_than_the_one_before(seed):
-    jacobians = steepest(draw(seed), SLOPES)
-    norms = np.linalg.norm(jacobians, 2, (1, 2)).max()
-    outputs = np.linalg.norm(jacobians, axis=2).max(0)
-    differences = jacobians[:, :, None] - jacobians[:, None]
+    total = jacobians(draw(seed), SLOPES, num=300)
+    norms = np.linalg.norm(total, 2, (1, 2)).max()
+    outputs = np.linalg.norm(total, axis=2).max(0)
+    differences = total[:, :, None] - total[:, None]
     pairs = np.linalg.norm(differences, axis=3).max(0)
     found = bounds(seed)
     for bound in found:
@@ -122,11 +109,11 @@ def in_float64(kernels, multipliers):
     """The bound that the multipliers give, without a margin for rounding."""
     kernels = [np.asarray(kernel, np.float64) for kernel in kernels]
     S = np.eye(len(kernels[0]))
-    for kernel, (logs, share) in zip(kernels, multipliers, strict=False):
+    for kernel, (logs, fraction) in zip(kernels, multipliers, strict=False):
         units = np.exp(np.asarray(logs, np.float64))
         B = kernel.T @ S
         largest = np.linalg.norm(units[:, None] * B, 2)
-        D = 2 * np.sqrt(1 / (1 + np.exp(-float(share)))) / largest * units
+        D = 2 * np.sqrt(1 / (1 + np.exp(-float(fraction)))) / largest * units
         A = D[:, None] * B / 2
         S = np.linalg.inv(np.linalg.cholesky(np.eye(len(D)) - A @ A.T)).T / D[:, None]
     return np.linalg.norm(kernels[-1].T @ S, 2)
@@ -146,7 +133,7 @@ def test_every_choice_of_multipliers_is_certified(scale):
     chain = tuple(map(lipschitz.Dense, kernels))
     found = lipsdp._certified(chain, multipliers).constant
     exact = in_float64(kernels, multipliers)
-    assert np.linalg.norm(steepest(kernels, (1.0, 1.0)), 2, (1, 2)).max() <= exact
+    assert np.linalg.norm(jacobians(kernels, (1.0, 1.0), num=300), 2, (1, 2)).max() <= exact
     assert exact <= found <= 1.01 * exact
 
 

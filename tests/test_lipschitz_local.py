@@ -112,7 +112,7 @@ def test_no_difference_of_two_outputs_is_steeper_than_the_bound_of_the_pair():
     assert here.max() < 0.95 * anywhere.max()
 
 
-def test_units_that_stay_off_in_the_box_are_out_of_the_net():
+def test_units_that_stay_off_in_the_box_are_out_of_the_network():
     first, second, _ = draw(3)[0]
     alive = np.arange(WIDTHS[1]) % 2 == 0
     bias = np.where(alive, 0, -100).astype(np.float32)

@@ -148,21 +148,6 @@ def error_problem():
     return kernels, images, labels, expected
 
 
-@pytest.fixture
-def compilations():
-    """A list that grows by one whenever XLA compiles something; nothing is compiled yet."""
-    jax.clear_caches()
-    compiled = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield compiled
-    getattr(jax.monitoring, "unregister_event_duration_listener", lambda _: None)(listen)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_second_error_rate_of_a_function_compiles_nothing(kind, compilations):
     kernels, images, labels, expected = error_problem()

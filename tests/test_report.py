@@ -163,6 +163,7 @@ def test_the_committed_numbers_are_of_the_options_that_are_the_default(name):
         options = dataclasses.replace(options, peers=True)
     if name != "attack":  # whose results are the images themselves
         content = measure.saved(module, options)
+        assert content is not None, f"python -m experiments {name} --out experiments/results"
         assert content["command"] == options.command(name, content["config"]["source"])
         assert module.describe(content)
 

@@ -25,6 +25,7 @@ from advjax import attacks, runner
 from advjax.attacks import Attack, AttackResult, Status
 from advjax.runner import checkpoint, images, lanes, memory
 from tests import runner_job
+from tests.attack_list import each_attack
 
 XS, TARGETS = runner_job.XS, runner_job.TARGETS
 ATTACK = runner_job.ATTACK
@@ -48,7 +49,7 @@ def assert_same(one, other, rtol=1e-4):
 # Lanes
 
 
-@pytest.mark.parametrize("attack", [attacks.lbfgs, attacks.minimum_norm])
+@each_attack
 def test_the_results_are_those_of_the_attack_itself(attack):
     attack = attack(runner_job.LOGITS_FN)
     result = runner.attack_images(attack, XS, TARGETS, batch_size=8)
@@ -115,7 +116,7 @@ def test_any_attack_and_any_function_of_an_image_and_a_class_can_be_run():
     assert_same(whole, undisturbed())
 
 
-def test_another_net_of_the_same_shape_does_not_compile_again():
+def test_another_network_of_the_same_shape_does_not_compile_again():
     traces = []
 
     def apply(params, x):

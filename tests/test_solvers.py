@@ -84,7 +84,7 @@ def test_vmap_over_objectives_starts_and_boxes_gives_what_a_loop_gives(x64):
             assert (batch.status[k], batch.num_evals[k]) == (alone.status, alone.num_evals)
 
 
-# The attack's objective on a trained net
+# The attack's objective on a trained network
 
 
 class Attacks(NamedTuple):
@@ -97,7 +97,7 @@ class Attacks(NamedTuple):
 
 @pytest.fixture(scope="module")
 def attacks():
-    """The paper's objective on a trained net, for four images and three values of c."""
+    """The paper's objective on a trained network, for four images and three values of c."""
     images, labels, _ = data.load("mnist", "train", source="embedded")
     model = models.MLP((40, 40, 10))
     params = training.fit(
@@ -126,7 +126,7 @@ def attacks():
 
 
 @both_precisions
-def test_attacks_on_a_trained_net_reach_the_minima_that_scipy_finds(attacks, x64):
+def test_attacks_on_a_trained_network_reach_the_minima_that_scipy_finds(attacks, x64):
     def solve(image, target, c):
         return solvers.minimize(lambda x: attacks.objective(x, image, target, c), image, box=Box())
 

@@ -67,7 +67,7 @@ def test_the_vectors_that_are_carried_follow_the_weights():
     assert updated[0].log_product == pytest.approx(float(exact), abs=0.05)
 
 
-def test_a_net_of_zeros_has_a_finite_update():
+def test_a_network_of_zeros_has_a_finite_update():
     model, params = net()
     zeros = jax.tree.map(jnp.zeros_like, params)
     transform = lipschitz_penalty(1.0, model.apply, X)

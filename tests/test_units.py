@@ -44,7 +44,7 @@ def test_of_equal_images_the_first_come_first():
     np.testing.assert_array_equal(result.indices, [[0, 1, 2]] * 2)
 
 
-def test_top_images_map_over_nets():
+def test_top_images_map_over_networks():
     features = np.stack([FEATURES, -FEATURES])
     top = functools.partial(units.top_images, directions=units.natural_basis(D), k=4)
     together = jax.jit(jax.vmap(top))(features)

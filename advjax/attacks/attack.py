@@ -20,11 +20,11 @@ _ROUNDING_OF_SUM = 1e-2  # of probabilities, which bfloat16 rounds
 
 @runtime_checkable
 class Method(Protocol):
-    """What tells one attack from another: four pure functions of an attack and one image.
+    """The algorithm of an attack: four pure functions of an `Attack` and one image.
 
-    A method is a pytree, most often one without leaves: a frozen dataclass of options, compared by
-    value and registered by `jax.tree_util.register_static`. It reads the model and the box off the
-    attack that it is handed, so that one method attacks every model.
+    A method is a pytree, most often without leaves: a frozen dataclass of options, compared by
+    value and registered with `jax.tree_util.register_static`. It takes the model and the box from
+    the attack that it is given, so that one method attacks any model.
     """
 
     def init(self, attack: "Attack", x: Float[Array, "*shape"], target: Int[Array, ""]) -> Any:
@@ -37,7 +37,7 @@ class Method(Protocol):
         """Whether the attack has ended."""
 
     def result(self, attack: "Attack", state: Any) -> AttackResult:
-        """Return the outcome as it stands, from one prediction of the model."""
+        """Return the result as it stands, with one prediction of the model."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -45,21 +45,21 @@ class Method(Protocol):
 class Attack:
     """An attack on one model: to a model what `jax.grad(f)` is to a function.
 
-    Call it with an image and a class, under `jax.jit`, `jax.vmap` and `jax.shard_map` as you like;
-    to `jax.grad` its result is a constant. It is a pytree as well, whose leaves are the arrays that
-    the model binds and the box: pass it to a compiled function, and another model of the same
-    shapes does not compile again.
+    Call it with an image and a class, under `jax.jit`, `jax.vmap` or `jax.shard_map`. `jax.grad`
+    takes its result for a constant. It is also a pytree, whose leaves are the box and the arrays
+    that the model binds: pass it to a compiled function, and another model of the same shapes does
+    not compile again.
 
-    Whoever runs the steps himself calls `init`, then `step` until `done`, then `result`. A step
-    makes one value_and_grad of the model.
+    To run the steps yourself, call `init`, then `step` until `done`, then `result`. A step makes
+    one value_and_grad of the model.
 
     Args:
         logits_fn: The model: logits `(classes,)` of ONE example. Any callable, or callable pytree.
         box: `(lower, upper)`, each broadcast to the image.
-        method: What is done with them.
+        method: The algorithm.
 
     Raises:
-        TypeError: If `logits_fn` is no function.
+        TypeError: If `logits_fn` is not callable.
         ValueError: If `box` is not a pair.
     """
 
@@ -81,17 +81,17 @@ class Attack:
             target: The class to reach; for an untargeted attack the label to leave.
 
         Returns:
-            An `AttackResult`. Nothing that traced data do raises; the `status` tells.
+            An `AttackResult`, whose `status` says what was wrong with traced data, if anything.
 
         Raises:
             TypeError: If `x` is not floating or `target` not an integer.
             ValueError: If the model does not return `(classes,)`, a bound does not broadcast to
-                `x`, or `x` is known to lie outside the box.
+                `x`, or `x` is not traced and outside the box.
         """
         x = checks.floating("x", x)
         checks.inside("x", x, self.box)
         if jax.config.jax_debug_nans:  # type: ignore[attr-defined]
-            self.logits_fn(x)  # one operation at a time, to name the one that gives a NaN
+            self.logits_fn(x)  # not compiled, so that JAX names the operation that returns NaN
         result, probabilities = sharding.automatic(_hoist_and_run)(self, x, target)
         _warn_of_probabilities(probabilities)
         return result
@@ -102,7 +102,7 @@ class Attack:
         return sharding.vary_like(state, (self, x, target))
 
     def step(self, state: Any) -> Any:
-        """Make one value_and_grad of the model; a step beyond the end changes no result."""
+        """Make one value_and_grad of the model; a step after the end does not change the result."""
         return self.method.step(self, state)
 
     def done(self, state: Any) -> Bool[Array, ""]:
@@ -110,15 +110,25 @@ class Attack:
         return self.method.done(self, state)
 
     def result(self, state: Any) -> AttackResult:
-        """Return the outcome as it stands."""
+        """Return the result as it stands."""
         return self.method.result(self, state)
 
     def hoist(self, x: Float[Array, "*shape"] | jax.ShapeDtypeStruct) -> "Attack":
-        """Return the same attack, on images like `x` alone, with all arrays of the model as leaves.
+        """Return the same attack for images like `x` alone, with all arrays of the model as leaves.
 
-        What the model closes over, as a lambda does over parameters, becomes an argument of the
-        compiled program too, and on an accelerator its products are computed in full precision,
+        Arrays that the model closes over, such as the parameters in a lambda, become arguments of
+        the compiled program too. On an accelerator matrix products are computed in full precision,
         unless `jax_default_matmul_precision` is set. `__call__` and the runner do this themselves.
+
+        Args:
+            x: An image, or its shape and dtype.
+
+        Returns:
+            An `Attack` whose model is a jaxpr.
+
+        Raises:
+            TypeError: If the model does not return floating logits.
+            ValueError: If it does not return `(classes,)`.
         """
         checks.logits(self.logits_fn, x)
         with precision.full_unless_chosen():
@@ -131,7 +141,7 @@ class Attack:
 
     @classmethod
     def tree_unflatten(cls, _: None, children: Any) -> "Attack":
-        """Join the fields, whatever stands in for them, without the checks."""
+        """Join the fields without checks, as transformations put placeholders in their place."""
         attack = object.__new__(cls)
         for field, child in zip(dataclasses.fields(cls), children, strict=True):
             object.__setattr__(attack, field.name, child)

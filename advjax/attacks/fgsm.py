@@ -20,29 +20,29 @@ def fgsm(
     box: Box | tuple = Box(),  # noqa: B008 an immutable default
     targeted: bool = False,
 ) -> Attack:
-    """Move every pixel by `epsilon`, up or down as the sign of the cross-entropy's gradient.
+    """Move every pixel by `epsilon` in the direction of the sign of the loss gradient.
 
     `x_adv = clip(x + epsilon * sign(grad cross_entropy(logits_fn(x), label)), *box)`, or with a
-    minus towards a target. The step is taken whether or not the image needs it, so that its size
-    is the same for every image; `lbfgs` and `minimum_norm` look for the smallest one instead.
+    minus if `targeted`. The step has the same size for every image, whether or not a smaller one
+    would do; `lbfgs` and `minimum_norm` find the smallest perturbation instead.
 
     Args:
-        logits_fn: The model: logits `(classes,)` of ONE example. Any pure function will do:
+        logits_fn: The model: logits `(classes,)` of ONE example, any pure function, such as
             `lambda x: model.apply(params, x)`.
-        epsilon: The step of each pixel, at least 0 and in the unit of the image. It may be traced,
-            as under `jax.vmap` over several.
+        epsilon: The step of each pixel, at least 0, in the unit of the image. It may be traced, to
+            `jax.vmap` over several.
         box: `(lower, upper)`, each broadcast to the image; [0, 1] by default.
         targeted: Whether to step towards a class instead of away from it.
 
     Returns:
-        An `Attack`: `(x, label) -> AttackResult`, where `label` is the class to leave, as a rule
-        the true one; with `targeted` it is the class to reach. `success` says that the model does
-        not give `x_adv` that class, or with `targeted` that it does; the status is then
-        `CONVERGED`, and otherwise `NOT_FOUND`. `multiplier` is `epsilon`. Where the status tells of
-        bad data no step is taken: `x_adv` is the image moved into the box, and `multiplier` 0.
+        An `Attack`: `(x, label) -> AttackResult`, where `label` is the class to leave, usually the
+        true one; with `targeted` it is the class to reach. `success` is whether the model predicts
+        another class than the label, or with `targeted` the label; the status is then `CONVERGED`,
+        and otherwise `NOT_FOUND`. `multiplier` is `epsilon`. If the status reports bad data, no
+        step is taken: `x_adv` is the image clipped to the box, and `multiplier` is 0.
 
     Raises:
-        TypeError: If `logits_fn` is no function.
+        TypeError: If `logits_fn` is not callable.
         ValueError: If `box` is not a pair, or `epsilon` is not one number of at least 0.
 
     Reference: Goodfellow, Shlens and Szegedy (2014), section 4.
@@ -65,15 +65,15 @@ class GradientSign:
     """The method of `fgsm`, of a single step.
 
     Args:
-        epsilon: The length of the step in the largest norm.
-        targeted: Whether to step towards the class.
+        epsilon: The length of the step in the maximum norm.
+        targeted: Whether to step towards the class instead of away from it.
     """
 
     epsilon: Float[Array, ""]
     targeted: bool = dataclasses.field(metadata={"static": True})
 
     def init(self, attack: Attack, x: Float[Array, "*shape"], label: Int[Array, ""]) -> _State:
-        """Return the image moved into the box."""
+        """Return the image clipped to the box."""
         label = checks.class_index("target" if self.targeted else "label", label)
         classes = checks.logits(attack.logits_fn, x).shape[0]
         box = checks.box(attack.box, x)
@@ -129,10 +129,10 @@ class GradientSign:
 
 
 def _log_odds(logits: Float[Array, " classes"], label: Int[Array, ""]) -> Float[Array, ""]:
-    """The log-odds against a class under a softmax, of which the cross-entropy is the softplus.
+    """The log-odds against a class under a softmax; the cross-entropy is its softplus.
 
-    So the signs of the two gradients agree, but this one does not vanish in rounding where the
-    model is sure of itself, at a margin of 17 in float32.
+    So both gradients have the same signs. But that of the cross-entropy rounds to 0 where the model
+    is confident, from a margin of 17 in float32, and this one does not.
     """
     others = jnp.where(jnp.arange(len(logits)) == label, -jnp.inf, logits)
     return jax.nn.logsumexp(others) - logits[label]

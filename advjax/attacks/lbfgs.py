@@ -17,9 +17,9 @@ from advjax.solvers import Solver, lbfgsb
 from advjax.types import Box, LogitsFn
 
 _FIRST_FRACTION = 0.5  # of the c at which a linear loss and the penalty would balance
-_EXPANSION = 1.5  # of c while there is no bracket, multiplied by itself each time
-_RANGE = 28  # of ln c on either side of its first value; what is out of reach there stays so
-_INSIDE = 0.05  # of the bracket that interpolation keeps away from its ends
+_EXPANSION = 1.5  # the first factor of c while there is no bracket; the factor grows by as much
+_RANGE = 28  # of ln c on either side of its first value; no target is reached beyond
+_INSIDE = 0.05  # of the bracket: the distance that interpolation keeps from its ends
 
 Loss = Callable[[Float[Array, " classes"], Int[Array, ""]], Float[Array, ""]]
 """`(logits, target) -> scalar`, small where the target is predicted."""
@@ -39,42 +39,41 @@ def lbfgs(
     rtol: float = 1e-3,
     max_evals: int = 500,
 ) -> Attack:
-    """Attack as the paper does: minimise `c |r| + loss(x + r, target)` in the box, and search c.
+    """Attack as the paper does: minimise `c |r| + loss(x + r, target)` in the box; search for c.
 
-    The paper asks for the "minimum c" with `f(x + r) = target`. As c weighs the *size* of r, it is
-    the LARGEST successful c that gives the smallest r, and the search is for that one: on a log
-    scale, from a first guess that the loss's gradient at `x` sets (so that any scale of model and
-    pixels will do), expanding until one c reaches the target and another misses it, then by
-    interpolating the margin between them. Every sub-problem starts at the last one's solution; a
-    change of c costs no evaluation. Of all points seen the nearest adversarial one is returned,
-    nearest by `penalty`.
+    The paper asks for the "minimum c" with `f(x + r) = target`. As c weighs the *size* of r, the
+    LARGEST successful c gives the smallest r, and this is the c that is searched for, on a log
+    scale. The first c follows from the loss gradient at `x`, so that the scale of logits and pixels
+    does not matter. c is then multiplied until one value reaches the target and another misses it,
+    and interpolated by the margin between these two. Each sub-problem starts from the solution of
+    the last one; a change of c costs no evaluation. Of all adversarial points seen, the nearest by
+    `penalty` is returned.
 
-    The answer is a little farther than the nearest adversarial image (`minimum_norm`), as the loss
-    responds to classes that do not matter: 1 to 3 % on MNIST.
+    It is a little farther away than the nearest adversarial image (`minimum_norm`), 1 to 3 % on
+    MNIST, as the loss depends on classes that do not matter.
 
     Args:
-        logits_fn: The model: logits `(classes,)` of ONE example. Any pure function will do:
+        logits_fn: The model: logits `(classes,)` of ONE example, any pure function, such as
             `lambda x: model.apply(params, x)`.
         box: `(lower, upper)`, each broadcast to the image; [0, 1] by default.
         loss: `(logits, target) -> scalar`, small where the target is predicted.
         penalty: `r -> scalar`, the paper's |r|: `losses.squared_l2` as later work reads it,
             `losses.l2` as printed, or `losses.l1`.
         solver: The bounded minimiser of the sub-problems.
-        confidence: The margin by which the target's logit must exceed the others. By default a
-            fifty-thousandth of the spread of the clean image's logits, which survives another batch
-            size or precision.
-        tol: The sub-problems' tolerance: the projected gradient's length beside that of the
-            penalty's gradient.
-        rtol: The search ends where the margin exceeds the one asked for by no more than this
-            fraction of the clean image's, or the penalty brackets the best one this closely.
-        max_evals: The most evaluations of the model's value and gradient.
+        confidence: The margin by which the target's logit must exceed the others. By default 2e-5
+            of the spread of the clean image's logits, enough for another batch size or precision.
+        tol: The tolerance of the sub-problems: the length of the projected gradient, relative to
+            that of the penalty's gradient.
+        rtol: The search ends when the margin exceeds `confidence` by at most this fraction of the
+            clean image's margin, or the bracket holds the penalty to this relative accuracy.
+        max_evals: Largest number of evaluations of the model's value and gradient.
 
     Returns:
         An `Attack`: `(x, target) -> AttackResult`, where `target` is the class to reach. The
-        `multiplier` of a result is the c under which the returned point was found.
+        `multiplier` of a result is the c with which the returned point was found.
 
     Raises:
-        TypeError: If `logits_fn` is no function.
+        TypeError: If `logits_fn` is not callable.
         ValueError: If `box` is not a pair, or an option is out of its range; when the attack is
             called, if `loss` or `penalty` does not return a scalar.
 
@@ -97,7 +96,7 @@ def lbfgs(
 
 
 class _Search(NamedTuple):
-    """The bracket of ln c: the largest that reached the target, the smallest that missed it."""
+    """The bracket of ln c: the largest that reached the target and the smallest that missed it."""
 
     log_c: Float[Array, ""]
     first_log_c: Float[Array, ""]
@@ -128,10 +127,10 @@ class PenalizedLoss:
     tol: float
     rtol: float
 
-    first_step: ClassVar[float] = 1.0  # the penalty's curvature, whatever c is
+    first_step: ClassVar[float] = 1.0  # the penalty's inverse curvature, which c does not change
 
     def init(self, r: jax.ShapeDtypeStruct, logits: jax.ShapeDtypeStruct) -> _Search:
-        """Return a search over c that begins at 1 and has no bracket."""
+        """Return a search over c that starts at 1 and has no bracket."""
         target = jax.ShapeDtypeStruct((), jnp.int32)
         checks.scalar("loss", jax.eval_shape(self.loss_fn, logits, target))
         checks.scalar("penalty", jax.eval_shape(self.penalty, r))
@@ -161,8 +160,8 @@ class PenalizedLoss:
         self, search: _Search, logits: Float[Array, " classes"], target: Int[Array, ""]
     ) -> Float[Array, ""]:
         """The loss, divided by c."""
-        # Divided by c, which moves no minimiser and keeps the penalty's curvature the same for
-        # every c: the scale that the solver starts from.
+        # The objective divided by c has the same minimiser, and a penalty of the same curvature for
+        # every c, so that the solver's pairs and step sizes keep their scale.
         return self.loss_fn(logits, target) / jnp.exp(search.log_c)
 
     def tolerance(self, search: _Search) -> Float[Array, ""]:
@@ -174,7 +173,7 @@ class PenalizedLoss:
         return jnp.exp(search.log_c)
 
     def first(self, search: _Search, view: View) -> Verdict:
-        """Guess c where the penalty of the r that a linear loss needs balances the loss."""
+        """Guess c: where loss and penalty would balance if the loss were linear."""
         clean_loss = jnp.abs(self.loss_fn(view.logits, view.target))
         slope = view.loss_grad  # as c is 1
         square = losses.squared_l2(slope)
@@ -188,7 +187,7 @@ class PenalizedLoss:
         return _change_c(search, log_c, finished=jnp.bool_(False), exhausted=~usable)
 
     def solved(self, search: _Search, view: View) -> Verdict:
-        """Narrow the bracket by this c, and choose the next by the margins at its ends."""
+        """Narrow the bracket by this c, and interpolate the next one by the margins at its ends."""
         side = jnp.where(view.reached, 1, -1)
         slack = self.rtol * jnp.abs(search.clean_margin - view.goal)
 
@@ -206,7 +205,8 @@ class PenalizedLoss:
         )
         bracketed = jnp.isfinite(search.reached) & jnp.isfinite(search.missed)
 
-        # False position with the Illinois rule: an end that stays twice counts half.
+        # False position with the Illinois rule: the margin of an end that stays twice is halved, so
+        # that it does not stay for ever.
         aim = view.goal + slack / 2
         again = bracketed & (side == search.last_side)
         above = jnp.maximum(search.reached_margin - aim, 0) * at(again & miss, 0.5, 1)
@@ -241,7 +241,7 @@ class PenalizedLoss:
 
 
 def _change_c(search: _Search, log_c: Float[Array, ""], **verdict: Bool[Array, ""]) -> Verdict:
-    """Go on with another c, by which the loss and its gradient are scaled."""
+    """Continue with another c, which scales the loss term and its gradient."""
     return Verdict(
         params=search._replace(log_c=log_c), factor=jnp.exp(search.log_c - log_c), **verdict
     )

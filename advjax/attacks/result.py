@@ -1,4 +1,4 @@
-"""What an attack returns, and what it returns for data that it cannot begin with."""
+"""The result of an attack, and the status of data that it cannot start from."""
 
 import enum
 from typing import NamedTuple
@@ -11,36 +11,36 @@ from advjax.types import Box
 
 
 class Status(enum.IntEnum):
-    """Where an attack stands, or why it ended."""
+    """The status of an attack: whether it is running, or why it ended."""
 
     RUNNING = 0
     CONVERGED = 1
-    """The search met its tolerance: no nearer image was in sight."""
+    """The search met its tolerance."""
     ALREADY_TARGET = 2
-    """The model gives the image the target class as it is: nothing had to be done."""
+    """The model assigns the target class to the image as it is: there was nothing to do."""
     BUDGET = 3
-    """The evaluations ran out. `success` tells whether the target was reached before; with a larger
-    `max_evals` the image would come nearer."""
+    """The evaluations ran out. `success` tells whether the target was reached before; a larger
+    `max_evals` would find a nearer image."""
     STALLED = 4
     """The target was reached, but the search could not meet its tolerance: typical of kinks and of
-    logits in half precision. The image is good, perhaps not the nearest."""
+    logits in half precision. The image is adversarial, though perhaps not the nearest."""
     NOT_FOUND = 5
     """The search ended without reaching the target, and more evaluations would not help: probably
-    no image in the box is given that class."""
+    the model assigns that class to no image in the box."""
     NONFINITE = 6
     """The image, or the model's logits or their gradient there, are infinite or NaN."""
     INVALID_TARGET = 7
     """The class is not one of the model's."""
     EMPTY_BOX = 8
-    """A lower bound lies above its upper bound, or a bound is NaN: no image is allowed."""
+    """A lower bound is above its upper bound, or a bound is NaN: no image is feasible."""
     OUTSIDE_BOX = 9
-    """The image lies outside the box: probably pixels in 0..255 with the box of [0, 1]. Scale the
-    image or pass its box. (Outside of `jit` and `vmap` this raises.)"""
+    """The image is outside the box: probably pixels in 0..255 with the box [0, 1]. Scale the image
+    or pass its box. (Outside of `jit` and `vmap` this raises.)"""
     VANISHING_GRADIENT = 10
-    """The gradient at the clean image is zero, or too small to lead anywhere in the box: the model
-    returns probabilities or predictions, not logits, or it stops or rounds gradients, or its units
-    are saturated. `success` tells whether the target was reached all the same; the distance then
-    says little. Return the logits before the softmax."""
+    """The gradient at the clean image is zero, or too small to matter within the box: the model
+    returns probabilities or predictions instead of logits, it stops or rounds gradients, or its
+    units are saturated. `success` tells whether the target was reached all the same; the distance
+    then means little. Return the logits before the softmax."""
 
 
 _UNTRIED = (Status.NONFINITE, Status.INVALID_TARGET, Status.EMPTY_BOX, Status.OUTSIDE_BOX)
@@ -50,15 +50,15 @@ class AttackResult(NamedTuple):
     """The outcome of an attack on one image.
 
     Attributes:
-        x_adv: The adversarial image, in the box and finite. If none was found, the candidate whose
-            margin came nearest.
-        success: Whether the model gives `x_adv` the target class, recomputed from `x_adv`.
+        x_adv: The adversarial image, in the box and finite. If none was found, the candidate with
+            the largest margin.
+        success: Whether the model assigns the target class to `x_adv`, predicted once more.
         distortion: The RMS of `x_adv - x` over the entries of `x`, the paper's measure.
-        multiplier: How much the constraint weighs against the distance at the returned point: c for
-            `lbfgs`, the sum of the multipliers for `minimum_norm`. 0 where `x_adv` is the image.
-        prediction: The class of `x_adv`.
+        multiplier: The weight of the loss or of the constraints where `x_adv` was found: c for
+            `lbfgs`, the sum of the multipliers for `minimum_norm`. 0 if `x_adv` is the image.
+        prediction: The class that the model assigns to `x_adv`.
         status: A `Status`.
-        num_evals: Evaluations of value and gradient of the model, line searches included.
+        num_evals: Number of evaluations of the model's value and gradient, line searches included.
     """
 
     x_adv: Float[Array, "*shape"]
@@ -73,16 +73,16 @@ class AttackResult(NamedTuple):
 def admission(
     x: Float[Array, "*shape"], label: Int[Array, ""], num_classes: int, box: Box
 ) -> Int[Array, ""]:
-    """Tell whether an attack can begin with these data, for the `init` of a method.
+    """Check the data of an attack, for the `init` of a method.
 
     Args:
         x: The image.
-        label: The class that is asked about.
+        label: The class to reach or to leave.
         num_classes: The number of classes of the model.
         box: `(lower, upper)`, each broadcast to `x`.
 
     Returns:
-        `Status.RUNNING`, or the status that says what is wrong.
+        `Status.RUNNING` if the attack can start, or else the status that says what is wrong.
     """
     lower, upper = map(jnp.asarray, box)
     return first_that_holds(
@@ -105,5 +105,5 @@ def first_that_holds(*cases: tuple[Bool[Array, ""], int | Int[Array, ""]]) -> In
 
 
 def is_untried(status: Int[Array, ""]) -> Bool[Array, ""]:
-    """Whether a status says that the attack did not begin."""
+    """Whether a status says that the attack could not start."""
     return jnp.isin(status, jnp.array(_UNTRIED))

@@ -1,4 +1,4 @@
-"""An attack on any other class, from an attack on a given one."""
+"""An untargeted attack, made of a targeted one."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -15,25 +15,25 @@ from advjax.attacks.result import AttackResult
 def untargeted(attack: Attack, *, k: int = 9) -> Attack:
     """Find the nearest image of any class but the label's, among the k likeliest ones.
 
-    The targets are attacked side by side: a step makes one value_and_grad for each. With all the
-    other classes as targets this is the untargeted distance itself, as far as `attack` finds it; on
-    MNIST it is about 0.4 of the distance to a random target.
+    The targets are attacked side by side: a step makes one value_and_grad for each. With all other
+    classes as targets the result has the untargeted distance itself, up to the precision of
+    `attack`. On MNIST it is about 0.4 of the distance to a random target.
 
     Args:
-        attack: The attack on one target: `attacks.minimum_norm(logits_fn)`, or any other.
-        k: How many targets to try, the likeliest first; at most all other classes.
+        attack: The targeted attack: `attacks.minimum_norm(logits_fn)`, or any other.
+        k: Number of targets to try, those of the largest logits; at most all other classes.
 
     Returns:
         An `Attack`: `(x, label) -> AttackResult`, where `label` is the class to leave. If the model
-        gives `x` another one already, that is a target of distortion 0. The result is the
-        successful one of the smallest distortion, and if there is none the first target's;
+        predicts another class for `x` already, that class has distortion 0. The result is the
+        successful one with the smallest distortion, or that of the first target if there is none;
         `num_evals` is the sum over the targets.
 
     Raises:
-        TypeError: If `attack` is no `Attack`.
+        TypeError: If `attack` is not an `Attack`.
         ValueError: If `k` is not a positive integer.
 
-    Reference: Szegedy et al. (2013), section 4.1: D(x, l) for the nearest l.
+    Reference: Szegedy et al. (2013), section 4.1: the smallest D(x, l) over the classes l.
     """
     if not isinstance(attack, Attack):
         raise TypeError(
@@ -55,7 +55,7 @@ class AnyOtherClass:
     """The method of `untargeted`.
 
     Args:
-        method: That of the attack on one target.
+        method: The method of the targeted attack.
         k: The number of targets.
     """
 
@@ -63,26 +63,26 @@ class AnyOtherClass:
     k: int = dataclasses.field(metadata={"static": True})
 
     def init(self, attack: Attack, x: Float[Array, "*shape"], label: Int[Array, ""]) -> _State:
-        """Rank the other classes by their logits, and begin with each of the first k."""
+        """Rank the other classes by their logits, and start an attack on each of the first k."""
         label = checks.class_index("label", label)
         classes = checks.logits(attack.logits_fn, x).shape[0]
         logits = jnp.nan_to_num(attack.logits_fn(x), nan=-jnp.inf)
         others = jnp.where(jnp.arange(classes) == label, -jnp.inf, logits)
         order = jnp.argsort(others, descending=True)
-        # Minus infinity may tie with the label's place, which comes last whatever the logits.
+        # A logit of minus infinity ties with the label, which must come last in any case.
         targets = order[jnp.argsort(order == label, stable=True)][: min(self.k, classes - 1)]
         return _State(jax.vmap(lambda target: self.method.init(attack, x, target))(targets))
 
     def step(self, attack: Attack, state: _State) -> _State:
-        """Step every target's attack."""
+        """Make one step of each target's attack."""
         return _State(jax.vmap(lambda one: self.method.step(attack, one))(state.targets))
 
     def done(self, attack: Attack, state: _State) -> Bool[Array, ""]:
-        """Whether all have ended."""
+        """Whether the attacks on all targets have ended."""
         return jnp.all(jax.vmap(lambda one: self.method.done(attack, one))(state.targets))
 
     def result(self, attack: Attack, state: _State) -> AttackResult:
-        """Return the nearest."""
+        """Return the result of the nearest target."""
         results = jax.vmap(lambda one: self.method.result(attack, one))(state.targets)
         nearest = jnp.argmin(jnp.where(results.success, results.distortion, jnp.inf))
         best = jax.tree.map(lambda leaf: leaf[nearest], results)

@@ -6,16 +6,16 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from advjax.data import cache
 
-NAMES = ("mnist", "fashion_mnist")
-SPLITS = ("train", "test")
-SOURCES = ("auto", "tfds", "embedded")
+Name = Literal["mnist", "fashion_mnist"]
+Split = Literal["train", "test"]
+Source = Literal["auto", "tfds", "embedded"]
 
 
 class Dataset(NamedTuple):
@@ -33,10 +33,10 @@ class Dataset(NamedTuple):
 
 
 def load(
-    name: Literal["mnist", "fashion_mnist"],
-    split: Literal["train", "test"],
+    name: Name,
+    split: Split,
     *,
-    source: Literal["auto", "tfds", "embedded"] = "auto",
+    source: Source = "auto",
     data_dir: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """Load one split of MNIST or Fashion-MNIST as NumPy arrays.
@@ -60,9 +60,9 @@ def load(
         ImportError: If tensorflow-datasets is needed and not installed.
         OSError: If the data are not prepared and the server does not answer within seconds.
     """
-    _check("name", name, NAMES)
-    _check("split", split, SPLITS)
-    _check("source", source, SOURCES)
+    _check("name", name, get_args(Name))
+    _check("split", split, get_args(Split))
+    _check("source", source, get_args(Source))
     if source == "embedded":
         return _from_sample(name, split)
     try:

@@ -49,19 +49,11 @@ class _GzippedIdx:
 with tfds.core.registered.skip_registration():
     # `__module__` remains that of tensorflow-datasets: it is written to the metadata, and the
     # checksums of the downloads are looked up beside it.
-
-    class MNIST(_GzippedIdx, mnist.MNIST):
-        """MNIST as in tensorflow-datasets."""
-
-        __module__ = mnist.__name__
-
-    class FashionMNIST(_GzippedIdx, mnist.FashionMNIST):
-        """Fashion-MNIST as in tensorflow-datasets."""
-
-        __module__ = mnist.__name__
-
-
-BUILDERS = {cls.name: cls for cls in (MNIST, FashionMNIST)}
+    BUILDERS = {
+        stock.name: type(stock.__name__, (_GzippedIdx, stock), {"__module__": mnist.__name__})
+        for stock in (mnist.MNIST, mnist.FashionMNIST)
+    }
+"""The builders by their names."""
 
 
 def prepared(name: str, data_dir: str | os.PathLike[str] | None) -> tfds.core.DatasetBuilder:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from advjax import checks
 from advjax.lipschitz.jaxpr import chains, intervals, patterns, products
-from advjax.lipschitz.jaxpr.interpreter import Context, interpret
+from advjax.lipschitz.jaxpr.interpreter import Context, enclosures, interpret
 from advjax.lipschitz.jaxpr.rules import (
     COMPLEX,
     ROUNDING,
@@ -52,7 +52,7 @@ class Layer:
         source: The line of code that it comes from.
         gain: The factor by which it multiplies the largest constant of its inputs; infinite if
             unknown.
-        constant: The bound from the input of the function up to here.
+        constant: The Lipschitz bound of its result with respect to the function's input.
     """
 
     name: str = dataclasses.field(metadata={"static": True})
@@ -65,13 +65,13 @@ class Bound(NamedTuple):
     """A Lipschitz bound of a function, in L2.
 
     Attributes:
-        constant: `|fn(x) - fn(y)| <= constant |x - y|` for all x and y that were asked for;
-            infinite where it exceeds its dtype, as a network of fifty layers may exceed float32.
-            From `pairwise` a matrix, with such a constant of the difference of each two outputs.
+        constant: `|fn(x) - fn(y)| <= constant |x - y|` for all x and y in question; infinite where
+            it exceeds the range of its dtype, as a network of fifty layers may with float32. From
+            `pairwise` a matrix, with such a constant for the difference of each two outputs.
         layers: The operations that contribute to the bound, in the order of evaluation.
-        radius: How far from the example inputs it holds, in L2; infinite without a `radius`. It is
-            0 where the example inputs are outside the `box`. A bound with a `box` holds between
-            inputs in that box only, whatever the radius.
+        radius: The L2 distance from the example inputs within which it holds; infinite without a
+            `radius`, and 0 if the example inputs are outside the `box`. A bound with a `box` holds
+            between inputs in that box only, whatever the radius.
     """
 
     constant: Float[Array, "*pairs"]
@@ -88,40 +88,37 @@ def bound(
 ) -> Bound:
     """Bound the Lipschitz constant of any JAX function, read off its jaxpr.
 
-    Each intermediate result has a constant with respect to the input. A layer multiplies it by the
-    layer's certified norm; a sum of two results has at most the sum of theirs, so that each of two
-    branches that join is counted once. The default of `jax.lax.platform_dependent` stands for all
-    of its alternatives, which must compute the same.
+    Each intermediate result has a constant with respect to the input. A linear layer multiplies it
+    by the layer's certified norm, and a sum has at most the sum of the constants of its terms. Of
+    `jax.lax.platform_dependent` the default is bounded; all alternatives must compute the same.
 
     Args:
-        fn: A function of arrays. Its parameters are what it closes over, as by a
-            `functools.partial`; they may be traced, and the bound is differentiable with respect to
-            them.
+        fn: A function of arrays. It binds its parameters, as by `functools.partial` or a closure;
+            they may be traced, and the bound is differentiable with respect to them.
         *example_inputs: Arrays of the shapes and dtypes of its arguments, or
             `jax.ShapeDtypeStruct`s; the values do not matter without a `radius`.
         method: How to bound a chain of convolutions and dense layers with only biases and
-            nondecreasing activations between them, such as `lipsdp`, or with options
+            nondecreasing activations between them: `lipsdp`, `eclipse`, or with options
             `functools.partial(lipsdp, num_steps=500)`. Such a chain is then one layer of the
             breakdown. By default the bound is the product of the norms.
-        box: A pair (lower, upper) that broadcasts to each input and that the inputs lie between.
-            The bound then holds between any two inputs in the box, and is smaller where a unit
-            saturates or stays on one side of its ReLU. By default they may be anywhere.
+        box: A pair `(lower, upper)` that the inputs lie between, each bound broadcast to each
+            input. The bound then holds between any two inputs in the box, and is smaller where a
+            unit saturates or stays on one side of its ReLU. By default the inputs are unbounded.
         radius: The largest L2 distance of all inputs together from `example_inputs`. With a box,
             the inputs satisfy both.
 
     Returns:
         A `Bound`, in L2 over all inputs and all outputs taken together. It is that of the function
-        in exact arithmetic, whatever precision it computes in: what rounding adds, that of a
-        bfloat16 layer too, is not a matter of the input. The bound itself is computed in float32 at
-        least. It is infinite where a traced `box` or `radius` is no region.
+        in exact arithmetic: it does not cover the rounding of a function that computes in bfloat16,
+        say. The bound itself is computed in float32 at least, and rounded up. It is infinite if a
+        traced `box` or `radius` is invalid.
 
     Raises:
         TypeError: If an input is not floating, or not an array although there is a `radius`.
-        ValueError: If `box` is not such a pair, or a region is none: a lower bound above the upper,
-            a negative radius, or not a number.
-        NotLipschitzError: If there is an operation without a rule, or without a bound, on the way
-            to the output; the message names it and its line, and says what to do. It is a
-            `ValueError`.
+        ValueError: If `box` is not such a pair, or if a bound or `radius` is invalid: a lower bound
+            above the upper, a negative radius, or NaN.
+        NotLipschitzError: If an operation on the way to the output has no rule, or no bound. The
+            message names the operation and its line, and suggests a fix. It is a `ValueError`.
 
     Reference: Szegedy et al. (2013), section 4.3, with the corrections of Virmaux and Scaman
     (2018).
@@ -140,26 +137,26 @@ def pairwise(
 ) -> Bound:
     """Bound the Lipschitz constant of the difference of each two outputs of a function.
 
-    These bounds certify more than the bound of all outputs: none of them exceeds `sqrt(2)` times
-    that.
+    They certify larger radii than the bound of all outputs together: none exceeds `sqrt(2)` times
+    that bound.
 
     Args:
         fn: A function of arrays whose result is one vector, such as logits.
         *example_inputs: Arrays of the shapes and dtypes of its arguments, or
             `jax.ShapeDtypeStruct`s; the values do not matter without a `radius`.
         method: How to bound the chain of layers that the function ends in, such as `lipsdp`.
-        box: A pair (lower, upper) that the inputs lie between. By default they may be anywhere.
-        radius: The largest L2 distance of all inputs together from `example_inputs`. By default
-            they may be anywhere.
+        box: A pair `(lower, upper)` that the inputs lie between; by default they are unbounded.
+        radius: The largest L2 distance of all inputs together from `example_inputs`; by default
+            they are unbounded.
 
     Returns:
-        A `Bound` for `certified_radius` whose `constant` is a symmetric matrix. Where the function
-        does not end in a dense layer, the pairs all have `sqrt(2)` times the bound of the function.
+        A `Bound` for `certified_radius` whose `constant` is a symmetric matrix. If the function
+        does not end in a dense layer, every pair has `sqrt(2)` times the bound of the function.
 
     Raises:
         TypeError: If an input is not floating, or not an array although there is a `radius`.
-        ValueError: If the result is not one vector, or `box` or `radius` is no region.
-        NotLipschitzError: If there is an operation without a bound on the way to the output.
+        ValueError: If the result is not one vector, or `box` or `radius` is invalid.
+        NotLipschitzError: If an operation on the way to the output has no bound.
     """
     out = jax.eval_shape(fn, *example_inputs)
     if not hasattr(out, "shape") or len(out.shape) != 1:
@@ -178,7 +175,7 @@ def pairwise(
         assert chain is not None
         found = _chain_bound(method, chain).pairs
         pairs = found * chain.start.constant * ROUNDING
-        # A product that is not 0 but underflows, or 0 times infinity, is rounded up.
+        # Round up what underflows, and what is NaN as 0 times infinity.
         tiny = jnp.finfo(pairs.dtype).tiny
         pairs = jnp.where(found > 0, jnp.maximum(pairs, tiny), pairs)
         pairs = jnp.where(jnp.isnan(pairs), jnp.inf, pairs)
@@ -196,13 +193,13 @@ def linear_layers(
             `jax.ShapeDtypeStruct`s.
 
     Returns:
-        A `Dense` or `Conv` for each, in the order of evaluation. Its kernel has a leading axis: the
-        kernels of a batched product, which see different inputs, or one. `jax.vmap` what is done
-        with it.
+        A `Dense` or `Conv` for each, in the order of evaluation. Its kernel has a leading axis, of
+        size 1 except for a batched product, whose kernels act on different inputs; use `jax.vmap`
+        on the layer.
     """
     found = []
 
-    def record(op, avals, function_rule):
+    def record(op: Operation, avals: Sequence[Any], function_rule: Rule | None) -> list[Signal]:
         if function_rule is None and products.is_product(op):
             found.append(_stack(products.product(op)))
         return [Signal(a.shape, a.dtype, 1.0, op, op) for a in avals]
@@ -230,12 +227,12 @@ def _layer(product: products.Layer) -> layers.Layer:
 
 
 def _stack(product: products.Layer) -> layers.Layer:
-    """A layer whose kernel has a leading axis, of a product whose kernel has one."""
+    """Convert a product whose kernel has a leading axis to a layer whose kernel has one."""
     return jax.vmap(lambda kernel: _layer(product._replace(kernel=kernel)))(product.kernel)
 
 
 def _linear(op: Operation) -> Scalar:
-    """The rule of products with constant kernels: the largest norm of those side by side."""
+    """The rule of products with constant kernels: the largest norm of the layers side by side."""
     if not math.prod(op.shape) or not all(math.prod(jnp.shape(x)) for x in op.inputs):
         return 0.0
     if len(op.signals) == 2:
@@ -251,17 +248,17 @@ def _largest_norm(stack: layers.Layer) -> Float[Array, ""]:
 RULES |= dict.fromkeys(("dot_general", "conv_general_dilated"), homogeneous(_linear))
 
 
-# The inputs and where they are
+# The inputs and their region
 
 
 class _Region(NamedTuple):
     """A traced function and the inputs in question.
 
     Attributes:
-        program: The function, traced.
+        program: The jaxpr of the function.
         inputs: Its inputs, with the intervals that they lie in.
         radius: Their largest distance from the example; None if unlimited.
-        certifies: The radius that a bound here may certify: 0 if the example is outside the box.
+        certifies: The radius within which a bound holds: 0 if the example is outside the box.
     """
 
     program: core.ClosedJaxpr
@@ -280,8 +277,8 @@ def _region(
     for leaf in leaves:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
-                f"example_inputs: dtype {jnp.result_type(leaf)}, expected floating ones; bind what "
-                "is no input with functools.partial."
+                f"example_inputs: dtype {jnp.result_type(leaf)}, expected floating inputs; bind "
+                "any other argument with functools.partial."
             )
     program = jax.make_jaxpr(fn)(*example_inputs)
     avals = [v.aval for v in program.jaxpr.invars]
@@ -289,7 +286,7 @@ def _region(
     valid = [_is_box(ends) for ends in boxes if ends is not None]
     if not _is_true(valid):
         raise ValueError(
-            "box: a lower bound above its upper bound, or not a number; expected lower <= upper."
+            "box: a lower bound above its upper bound, or NaN, expected lower <= upper."
         )
     if radius is None:
         infinite = _unless(valid)
@@ -305,15 +302,18 @@ def _region(
         raise ValueError(f"radius: {radius}, expected a number of at least 0.")
     radius = jnp.asarray(radius, jnp.result_type(float))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        raise TypeError("example_inputs: shapes, expected the arrays that `radius` is around.")
+        raise TypeError(
+            "example_inputs: shapes, expected arrays: `radius` is a distance from them."
+        )
     examples = [_example(leaf, aval) for leaf, aval in zip(leaves, avals, strict=True)]
     numbers = [_is_number(x) for x in examples]
     if not _is_true(numbers):
-        raise ValueError("example_inputs: not a number, expected what `radius` is around.")
+        raise ValueError("example_inputs: NaN, expected numbers: `radius` is a distance from them.")
     infinite = _unless([*valid, not_negative, *numbers])
     inputs, outside = [], []
     for x, ends, aval in zip(examples, boxes, avals, strict=True):
-        # The projection onto the box is no farther from any point of it than the example is.
+        # An example outside the box is projected onto it, which brings it no farther from any
+        # point of the box: the bound holds there, though it certifies nothing about the example.
         nearest = x if ends is None else _clip(x, ends)
         outside.append(jnp.any(nearest != x))
         centre = Interval(nearest, nearest)
@@ -324,19 +324,10 @@ def _region(
     return _Region(program, inputs, radius, certifies)
 
 
-@known_now
-def _is_box(ends: Interval) -> Bool[Array, ""]:
-    return jnp.all(ends.lower <= ends.upper)
-
-
-@known_now
-def _is_not_negative(radius: Float[ArrayLike, ""]) -> Bool[Array, ""]:
-    return jnp.asarray(radius) >= 0
-
-
-@known_now
-def _is_number(x: Float[Array, "*shape"]) -> Bool[Array, ""]:
-    return ~jnp.any(jnp.isnan(x))
+_is_box = known_now(lambda ends: jnp.all(ends.lower <= ends.upper))
+_is_not_negative = known_now(lambda radius: jnp.asarray(radius) >= 0)
+_is_number = known_now(lambda x: ~jnp.any(jnp.isnan(x)))
+_clip = known_now(lambda x, ends: jnp.clip(x, ends.lower, ends.upper))
 
 
 @known_now
@@ -345,24 +336,19 @@ def _example(leaf: Float[ArrayLike, "*shape"], aval: Any) -> Float[Array, "*shap
 
 
 @known_now
-def _clip(x: Float[Array, "*shape"], ends: Interval) -> Float[Array, "*shape"]:
-    return jnp.clip(x, ends.lower, ends.upper)
-
-
-@known_now
 def _ends(box: Box, aval: Any) -> Interval:
-    """The ends of a box for one input, rounded outwards."""
+    """The box as an interval for one input, rounded outwards."""
     dtype = jnp.promote_types(aval.dtype, jnp.float32)
     like = jnp.zeros(aval.shape, dtype)
     lower, upper = (like + end for end in checks.box(box, like))
-    if aval.dtype != dtype:  # inputs may have been clipped to the box in their own precision
+    if aval.dtype != dtype:  # bfloat16 inputs may have been clipped to the box as bfloat16
         low, high = (end.astype(aval.dtype).astype(dtype) for end in (lower, upper))
-        inverted = lower > upper  # which stays so
+        inverted = lower > upper  # left as it is, to be reported as an error
         lower, upper = (
             jnp.where(inverted, lower, jnp.minimum(lower, low)),
             jnp.where(inverted, upper, jnp.maximum(upper, high)),
         )
-    # An end such as 0.1 has been rounded to the nearest number, which may be inside the box.
+    # A bound such as 0.1 has been rounded to nearest, which may be inside the box.
     return Interval(
         jnp.where(lower < upper, jnp.nextafter(lower, -jnp.inf), lower),
         jnp.where(lower < upper, jnp.nextafter(upper, jnp.inf), upper),
@@ -370,12 +356,12 @@ def _ends(box: Box, aval: Any) -> Interval:
 
 
 def _is_true(conditions: Sequence[Array]) -> bool:
-    """Whether conditions are true, as far as they are known now."""
+    """Whether all conditions that are known now are true."""
     return all(bool(condition) for condition in conditions if concrete(condition))
 
 
 def _unless(conditions: Sequence[Array]) -> Scalar:
-    """The constant of an input: 1, but infinite where a condition on its region is not met."""
+    """The constant of an input: 1, or infinite where a traced condition turns out false."""
     traced = [condition for condition in conditions if not concrete(condition)]
     return jnp.where(functools.reduce(jnp.logical_and, traced), 1, jnp.inf) if traced else 1.0
 
@@ -430,7 +416,7 @@ def _apply(
     elif is_primitive and layer is op and op.name not in COMPLEX and _is_complex(op, avals):
         reason = _unsupported(op, "there is no rule for it in complex numbers")
     elif method is not None and chains.is_link(layer):
-        # Of a chain only the last layer is asked for its constant.
+        # Evaluated when it is needed: only the last layer of a chain is asked for its constant.
         layer, rule = _chained(method, layer, rule)
         values = [functools.partial(constant, layer, rule)]
     else:
@@ -442,12 +428,12 @@ def _apply(
     if is_primitive and not reason:
         interval, centre = _location(op, radius)
 
-    def result(aval, value):
+    def result(aval: Any, value: Any) -> Signal:
         why = reason
         if isinstance(value, NotLipschitzError):
             why = _unsupported(op, str(value), value.remedy)
         elif not why and not jnp.issubdtype(aval.dtype, jnp.inexact):
-            why = _unsupported(op, f"a result is {aval.dtype}, and jumps")
+            why = _unsupported(op, f"a result of dtype {aval.dtype} is not continuous")
         found = scaled(math.inf) if why else value
         return Signal(aval.shape, aval.dtype, found, op, layer, why, interval, centre)
 
@@ -462,15 +448,12 @@ def _is_complex(op: Operation, avals: Sequence[Any]) -> bool:
 def _location(
     op: Operation, radius: Float[ArrayLike, ""] | None
 ) -> tuple[Interval | None, Interval | None]:
-    """Bounds of the entries of a result: for all inputs in question, and at the example."""
-    interval, centre = (
-        intervals.enclosure(op, [pick(x) if isinstance(x, Signal) else x for x in op.inputs])
-        for pick in (lambda signal: signal.interval, lambda signal: signal.centre)
-    )
+    """Enclose the entries of a result, and use the radius where that gives smaller intervals."""
+    interval, centre = enclosures(op)
     if interval is not None and centre is not None and radius is not None:
         chain = chains.ending(op)
         if chain is not None:
-            # An entry moves by no more than its own Lipschitz constant times the radius.
+            # An entry changes by at most its own Lipschitz constant times the radius.
             lengths = (
                 product_of_norms(_layers_of(chain), chain.slopes).outputs * chain.start.constant
             )
@@ -484,7 +467,7 @@ def _times(gain: Scalar) -> Rule:
 
 
 def _chained(method: Method, op: Operation, rule: Rule) -> tuple[Operation, Rule]:
-    """The chain that ends in an operation, as one layer, if it has more layers than that one."""
+    """Replace an operation by the whole chain that ends in it, if that has several layers."""
     chain = chains.ending(op)
     if chain is None or len(chain.layers) == 1:
         return op, rule
@@ -502,21 +485,21 @@ def _chain_bound(method: Method, chain: chains.Chain) -> ChainBound:
     found = method(_layers_of(chain), chain.steepest)
     if chain.slopes is chain.steepest:
         return found
-    # Smaller slopes do not always give a smaller bound: the multipliers that a method finds differ.
+    # Smaller slopes may give a larger bound, as the method finds other multipliers: take the least.
     return jax.tree.map(jnp.minimum, found, method(_layers_of(chain), chain.slopes))
 
 
 def _unsupported(op: Operation, why: str, remedy: str = "") -> str:
     where = " ".join(filter(None, [op.label and f"in {op.label}", op.source and f"at {op.source}"]))
     remedy = remedy or (
-        f'Tell its constant with lipschitz.register_rule("{op.name}", rule), or put what it is a '
-        "part of in a function under jax.jit and register a rule for that."
+        f'Register its constant with lipschitz.register_rule("{op.name}", rule), or wrap the code '
+        "around it in a function under jax.jit and register a rule for that."
     )
     return f"{op.name} {where or 'at an unknown line'}: {why}. {remedy}"
 
 
 def _layers(outputs: Sequence[Signal]) -> Iterator[Layer]:
-    """The operations on the way to the outputs that change the constant, in order."""
+    """Walk back from the outputs: the operations that change the constant, in evaluation order."""
     seen: set[int] = set()
     stack: list[tuple[Signal, bool]] = [(signal, False) for signal in reversed(outputs)]
     while stack:

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 from advjax import checks
 from advjax.lipschitz.bound import Bound
 
-# How much rounding changes a logit, relative to the larger of two: 1,024 roundings, but no more
-# than those of float32 where the logits themselves are coarser.
+# The default rounding error of a logit, relative to the larger of two: 1,024 roundings, but no more
+# than 1,024 of float32 where the logits themselves are coarser.
 _ERROR = 2.0**-13
 _ROUNDINGS = 2
 
@@ -24,36 +24,37 @@ def certified_radius(
 ) -> Float[Array, ""]:
     """Certify an L2 radius around one example within which its predicted class cannot change.
 
-    The bound is that of the network in exact arithmetic, and so is the certificate. The logits are
-    computed, and may differ from the exact ones by their rounding. How much that is depends on what
-    happens inside the network, which the logits do not tell; `error` says it.
+    The bound holds for the network in exact arithmetic, and so does the certificate. The computed
+    logits differ from the exact ones by rounding errors. How large these are depends on the inside
+    of the network, which the logits do not show: pass it as `error`.
 
     Args:
         logits: Logits of one example.
         label: Its class, in `[0, classes)`; it may be traced.
         constant: A Lipschitz bound of the logits: what `bound` or `pairwise` returns. A number, or
             a matrix with one for the difference of each two logits, is taken to hold everywhere;
-            pass a bound that holds near one example as the `Bound` itself, which knows how far.
-        error: The most that a logit may differ from its exact value. By default 1.2e-4 of the
-            larger magnitude of the two logits compared, a thousand roundings of float32 (and two
-            roundings of coarser logits). Give it for a network that computes in bfloat16 or TF32
-            and returns float32 logits, or whose logits are small differences of large numbers.
+            pass a local bound as the `Bound` itself, which knows its radius.
+        error: The largest rounding error of a logit. By default 1.2e-4 of the larger magnitude of
+            the two logits compared, a thousand roundings of float32 (and two roundings of coarser
+            logits). Pass it for a network that computes in bfloat16 or TF32 and returns float32
+            logits, or whose logits are small differences of large numbers.
 
     Returns:
-        The smallest, over the other classes, of the margin over it, less the rounding of both
-        logits, divided by the constant of the pair, which is at most `sqrt(2) constant`. In L2: for
-        the paper's distortion divide it by `sqrt(x.size)`. It is no larger than the radius that the
-        `Bound` holds in, and for a `Bound` with a `box` it certifies images in that box only, of an
-        example in it. It is 0 where the label is not the predicted class for certain or a constant
-        is not finite, and infinite where the label is predicted and the constants are 0 everywhere.
+        The L2 radius: the smallest over the other classes of `(margin - 2 error) / constant`, where
+        the margin is the logit of the label less that of the class, and the constant that of the
+        pair, or `sqrt(2)` times that of all logits. Divide it by `sqrt(x.size)` for the paper's
+        distortion. It is at most the radius in which the `Bound` holds. With a `box` it certifies
+        images in the box only, around an example in the box. It is 0 if the label is not certainly
+        the predicted class or a constant is not finite, and infinite if the label is predicted and
+        the constants are 0 everywhere.
 
     Raises:
-        ValueError: If `logits` has a batch axis; `jax.vmap` it instead. If `constant` is neither a
-            number nor such a matrix.
         TypeError: If `label` is not an integer.
+        ValueError: If `logits` has a batch axis (use `jax.vmap`), or `constant` is neither a number
+            nor such a matrix.
 
-    Reference: Tsuzuku et al. (2018), proposition 1: a difference of two logits is `sqrt(2)` times
-    as steep as all of them.
+    Reference: Tsuzuku et al. (2018), proposition 1: the constant of a difference of two logits is
+    at most `sqrt(2)` times that of all logits.
     """
     logits, label = checks.one_example(logits), checks.class_index("label", label)
     roundoff = float(jnp.finfo(logits.dtype).eps)

@@ -63,7 +63,7 @@ def load(path: str | os.PathLike[str]) -> PyTree[Array]:
 
 
 def _name(keys: tuple[Any, ...]) -> str:
-    names: list[Any] = [getattr(key, "key", None) for key in keys]  # None for lists and the like
+    names: list[Any] = [getattr(key, "key", None) for key in keys]  # None for lists and tuples
     if not names or not all(isinstance(name, str) and "/" not in name for name in names):
         raise ValueError(
             f"params: an array at {jax.tree_util.keystr(keys) or 'the root'}, expected nested "

@@ -190,7 +190,7 @@ class _Unpickler(pickle.Unpickler):
     """Makes dicts of `_Tensor`s and plain values, and nothing else.
 
     A pickle can also set attributes; what `find_class` returns is therefore immutable, or created
-    anew for each call.
+    for each call.
     """
 
     def __init__(self, file: io.BufferedIOBase) -> None:

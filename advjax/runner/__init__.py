@@ -1,4 +1,4 @@
-"""Many images: continuous batches, on every device, durable if asked to be."""
+"""Many images: continuous batching on all devices, with results on disk on request."""
 
 from advjax.runner.images import attack_images
 

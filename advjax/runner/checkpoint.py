@@ -1,7 +1,6 @@
-"""Finished images on disk, such that a run can be killed at any moment and go on."""
+"""Finished images on disk, so that a run can be killed at any moment and resumed."""
 
 import dataclasses
-import hashlib
 import json
 import time
 import types
@@ -14,21 +13,22 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from advjax.attacks import Attack, AttackResult
-from advjax.files import write_whole
+from advjax.files import digest, write_whole
 
-_SECONDS = 1.0  # between two writes, and so what a kill can cost
+_FORMAT = 1  # of the files; raise it when their fields change, so that older ones are refused
+_SECONDS = 1.0  # between two writes: the work that a kill can cost
 _MANIFEST = "run.json"
 
 
 class Checkpoint:
-    """A directory of finished images: `run.json` says of which run, each npz holds some of them.
+    """A directory of finished images: `run.json` identifies the run, each npz holds some images.
 
-    Every file is there as a whole or not at all. One that was damaged nevertheless is left out, and
-    its images are attacked again.
+    Files are written atomically. A file that is damaged nevertheless is skipped, and its images are
+    attacked again.
     """
 
     def __init__(self, directory: Path, run: dict[str, Any]) -> None:
-        """Opens the directory, or makes it; ValueError if it is another run's."""
+        """Open the directory, or make it; ValueError if it holds another run."""
         self._directory = directory
         self._pending: list[tuple[np.ndarray, AttackResult]] = []
         self._written = time.monotonic()
@@ -52,7 +52,7 @@ class Checkpoint:
         self._flush()
 
     def restore(self, results: AttackResult) -> Int[np.ndarray, " k"]:
-        """Fills in what is finished; returns the indices of those images."""
+        """Fill in the results of finished images, and return the indices of these images."""
         restored = [np.zeros(0, np.int64)]
         for path in sorted(self._directory.glob("*.npz")):
             try:
@@ -64,7 +64,7 @@ class Checkpoint:
         return np.unique(np.concatenate(restored))
 
     def add(self, images: Int[np.ndarray, " k"], results: AttackResult) -> None:
-        """Takes in finished images; writes what has come in if the last write is a while ago."""
+        """Add finished images, and write all that are pending if a second has passed."""
         self._pending.append((images, results))
         if time.monotonic() - self._written > _SECONDS:
             self._flush()
@@ -73,38 +73,40 @@ class Checkpoint:
         if not self._pending:
             return
         images, results = jax.tree.map(lambda *some: np.concatenate(some), *self._pending)
-        # No two files have an image in common, unless one of them is damaged and to be replaced.
+        # Named by its first image: files have no image in common, except with a damaged file, which
+        # the new one may thus replace.
         path = self._directory / f"{images.min():09d}.npz"
         write_whole(path, lambda file: np.savez(file, images=images, **results._asdict()))
         self._pending, self._written = [], time.monotonic()
 
 
 def fingerprint(attack: Attack, xs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    """What identifies a run, in parts that a reader can compare.
+    """Identify a run, in parts that can be compared one by one in an error message.
 
-    The text of the program stands for the model, the attack and their options; it differs between
-    versions of JAX too.
+    The program's text stands for the model, the attack and their options. It also differs between
+    versions of JAX.
     """
 
     def one_step(attack: Attack, x: Array, target: Array) -> tuple[Bool[Array, ""], AttackResult]:
         state = attack.step(attack.init(x, target))
         return attack.done(state), attack.result(state)
 
-    # Of shapes alone, as the devices may be others when the run continues.
+    # Lowered for shapes alone, as the run may be resumed on other devices.
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), attack)
     text = jax.jit(one_step).lower(shapes, xs[0], targets[0]).as_text() if len(xs) else ""
     return {
+        "format": _FORMAT,
         "jax": jax.__version__,
         "attack": _options(attack.method),
-        "program": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "parameters": _digest(*jax.tree.leaves(attack)),
-        "xs": f"{xs.dtype} {xs.shape} {_digest(xs)}",
-        "targets": f"{targets.shape} {_digest(targets)}",
+        "program": digest(text),
+        "parameters": digest(*jax.tree.leaves(attack)),
+        "xs": f"{xs.dtype} {xs.shape} {digest(xs)}",
+        "targets": f"{targets.shape} {digest(targets)}",
     }
 
 
 def _options(method: Any) -> dict[str, Any]:
-    """The numbers and names among the options of a method; the program tells the rest apart."""
+    """The numbers and names among the options of a method; functions show in the program's text."""
     options: dict[str, Any] = {"method": type(method).__name__}
     for field in dataclasses.fields(method) if dataclasses.is_dataclass(method) else ():
         value = getattr(method, field.name)
@@ -115,23 +117,13 @@ def _options(method: Any) -> dict[str, Any]:
     return options
 
 
-def _digest(*arrays: Any) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        is_key = jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
-        content = np.asarray(jax.random.key_data(array) if is_key else array)
-        digest.update(np.ascontiguousarray(content).view(np.uint8).data)
-    return digest.hexdigest()[:16]
-
-
 def _compare(manifest: Path, run: dict[str, Any]) -> None:
     try:
         other = dict(json.loads(manifest.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"directory: {manifest} is missing or damaged ({error}), so that nobody can tell of "
-            "which run the results beside it are; remove the directory or name another."
+            f"directory: {manifest} is missing or damaged ({error}), expected a description of the "
+            "run that the results beside it belong to; remove the directory or name another."
         ) from None
     differences = [
         f"{name} is {other.get(name)!r} there and {value!r} here"
@@ -148,7 +140,7 @@ def _compare(manifest: Path, run: dict[str, Any]) -> None:
 def _read(path: Path, results: AttackResult) -> np.ndarray:
     with path.open("rb") as file, np.load(file) as contents:
         images = contents["images"]
-        # NumPy forgets the name of a bfloat16, though not the bits.
+        # NumPy saves bfloat16 as raw bytes, without the dtype's name.
         found = [contents[name].view(field.dtype) for name, field in results._asdict().items()]
     for field, values in zip(results, found, strict=True):
         field[images] = values

@@ -21,8 +21,8 @@ from advjax.runner.lanes import AXIS, as_attack, attack_in_lanes, hoist, lane
 from advjax.runner.memory import default_batch_size
 from advjax.types import Box
 
-_GATHER_BYTES = 64 << 20  # that processes exchange at a time
-_CHECK_BYTES = 64 << 20  # of images that are read at a time to see whether they are in the box
+_GATHER_BYTES = 64 << 20  # of results that processes exchange at a time
+_CHECK_BYTES = 64 << 20  # of images that are compared with the box at a time
 
 
 def attack_images(
@@ -43,44 +43,45 @@ def attack_images(
     rounding of matrix products.
 
     Args:
-        attack: An `Attack`, as `attacks.minimum_norm(logits_fn)` makes; or any function
+        attack: An `Attack`, as `attacks.minimum_norm(logits_fn)` returns; or any function
             `(x, target) -> AttackResult` that can be jitted, which runs in plain batches. The
             model's parameters are arguments of the compiled program: a second model of the same
             shapes does not compile again.
-        xs: The images, in memory or a `np.memmap`; the devices see a batch at a time.
-        targets: For each the class to reach (for `attacks.untargeted`: the label to leave).
-        batch_size: How many images each device has in work, by default between 8 and 512: as many
-            as leave the attack's state in a CPU's cache; or, with all that the model's gradient
-            holds at a time, in half an accelerator's memory.
-        mesh: The devices, all axes taken as one; by default all there are. Of several processes
-            (`jax.distributed`) each calls this with the same arguments, attacks an equal share of
-            the images on its own devices, and gets all the results.
-        directory: Where finished images are kept. A run that was killed at any moment continues
-            there when it is called again, having lost a second's work at most; the batch size and
-            the devices may be others. Several processes share one directory.
-        progress: Show a bar with images a second and the time left (needs tqdm); a string is its
-            title.
+        xs: The images, `(n, *shape)`, in memory or a `np.memmap`; one batch at a time is on the
+            devices.
+        targets: The class to reach for each image, `(n,)` (for `attacks.untargeted` the label to
+            leave).
+        batch_size: Number of images that each device attacks at a time. By default, between 8 and
+            512: as many as keep the attack's state in a CPU's cache, or state and gradients in half
+            of an accelerator's memory.
+        mesh: The devices, with all axes taken as one; by default all devices. With several
+            processes (`jax.distributed`) each calls this with the same arguments, attacks an equal
+            part of the images on its own devices, and gets all the results.
+        directory: A directory for finished images. A run that was killed at any moment resumes from
+            there when it is called again, and loses one second's work at most; the batch size and
+            the devices may change. Several processes use the same directory.
+        progress: Whether to show a progress bar (needs tqdm); a string is its title.
 
     Returns:
         An `AttackResult` of NumPy arrays with a leading axis n, in the order of `xs`.
 
     Raises:
-        TypeError: If `xs` is not floating, `targets` not integers, or `mesh` no mesh.
-        ValueError: If the two differ in length, an image lies outside the box, `batch_size` is not
-            a positive integer, `mesh` has no device of this process, or `directory` holds another
-            run; the message tells in what it differs.
-        OSError: If `directory` cannot be written. What it holds by then counts for the next call.
+        TypeError: If `xs` is not floating, `targets` are not integers, or `mesh` is not a mesh.
+        ValueError: If `xs` and `targets` differ in length, an image is outside the box,
+            `batch_size` is not a positive integer, `mesh` has no device of this process, or
+            `directory` holds another run; the message lists the differences.
+        OSError: If `directory` cannot be written. A later call resumes from what was written.
     """
     xs, targets = _examples(xs, targets)
     devices = _local_devices(mesh)
     if isinstance(attack, Attack):
         _check_inside(xs, attack.box)
-    share = np.arange(len(xs))[jax.process_index() :: jax.process_count()]
+    own = np.arange(len(xs))[jax.process_index() :: jax.process_count()]
     example = jax.ShapeDtypeStruct(xs.shape[1:], jax.dtypes.canonicalize_dtype(xs.dtype))
     lanes_mesh = Mesh(np.asarray(devices), (AXIS,))
 
     with contextlib.ExitStack() as stack:
-        # The lanes have a mesh of their own, while the caller's may be explicit.
+        # The lanes have their own mesh; in the caller's, the axes may be explicit.
         stack.enter_context(sharding.no_mesh())
         replicated = NamedSharding(lanes_mesh, PartitionSpec())
         attack = hoist(jax.device_put(as_attack(attack), replicated), example)
@@ -89,17 +90,17 @@ def attack_images(
         if batch_size is None:
             batch_size = default_batch_size(attack, state, xs[:1], devices[0])
         batch_size = checks.positive_int("batch_size", batch_size)
-        batch_size = max(1, min(batch_size, -(-len(share) // len(devices))))
+        batch_size = max(1, min(batch_size, -(-len(own) // len(devices))))
 
-        queue, add = share, None
+        queue, add = own, None
         if directory is not None:
             run = fingerprint(attack, xs, targets)
             checkpoint = stack.enter_context(Checkpoint(Path(directory), run))
-            queue, add = np.setdiff1d(share, checkpoint.restore(results)), checkpoint.add
+            queue, add = np.setdiff1d(own, checkpoint.restore(results)), checkpoint.add
         shown = None
         if progress:
-            title, done = progress if isinstance(progress, str) else None, len(share) - len(queue)
-            shown = bar(desc=title, total=len(share), initial=done, unit="image")
+            title, done = progress if isinstance(progress, str) else None, len(own) - len(queue)
+            shown = bar(desc=title, total=len(own), initial=done, unit="image")
             stack.enter_context(shown)
         for images, finished in attack_in_lanes(
             attack, xs, targets, queue, mesh=lanes_mesh, batch_size=batch_size
@@ -117,8 +118,8 @@ def _examples(xs: ArrayLike, targets: ArrayLike) -> tuple[np.ndarray, np.ndarray
     xs, targets = np.asanyarray(xs), np.asarray(targets)
     if targets.ndim != 1 or targets.shape != xs.shape[:1]:
         raise ValueError(
-            f"targets: shape {targets.shape}, expected one class for each of the images along the "
-            f"leading axis of xs, whose shape is {xs.shape}."
+            f"targets: shape {targets.shape}, expected one class per image along the leading axis "
+            f"of xs, whose shape is {xs.shape}."
         )
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"targets: dtype {targets.dtype}, expected integer class indices.")
@@ -146,7 +147,7 @@ def _check_inside(xs: np.ndarray, box: Box) -> None:
 
 
 def _gather(results: AttackResult) -> AttackResult:
-    """The results of all processes, each of which has filled in its own share."""
+    """Exchange the results among the processes, each of which has filled in its own."""
     processes, n = jax.process_count(), len(results.success)
     if processes == 1:
         return results

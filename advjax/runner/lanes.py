@@ -2,8 +2,8 @@
 
 A lane is the state of one image's attack. One program of fixed shapes steps the lanes of all
 devices together. After each turn the finished lanes are read and given to new images (continuous
-batching), so that slow images do not stall the batch. Only the lanes that change hands travel
-between host and devices.
+batching), so that slow images do not stall the batch. Only these lanes are transferred between host
+and devices.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ from advjax.functions import Function
 from advjax.types import Box
 
 AXIS = "images"  # the one axis of the mesh
-TURNOVER = 6  # a turn waits for one lane in so many; half as many are idle on average
+TURNOVER = 6  # a turn ends when a sixth of the lanes have finished: a twelfth idle on average
 
 
 class Arrivals(NamedTuple):
-    """New images for lanes; along the leading axis as many for each device."""
+    """New images for lanes; the leading axis has equally many places for each device."""
 
     lanes: Int[np.ndarray, " n"]
-    """The number of the lane on its device; one past the last for a place left empty."""
+    """The number of the lane on its device; one past the last lane if the place is empty."""
     xs: Float[np.ndarray, "n *shape"]
     targets: Int[np.ndarray, " n"]
 
 
 class Departures(NamedTuple):
-    """What a turn finished; along the leading axis as many for each device."""
+    """Finished images; the leading axis has equally many places for each device."""
 
     lanes: Int[Array, " n"]
     finished: Bool[Array, " n"]
@@ -53,26 +53,26 @@ def attack_in_lanes(
     mesh: Mesh,
     batch_size: int,
 ) -> Iterator[tuple[Int[np.ndarray, " k"], AttackResult]]:
-    """Attack the images in the queue, in whatever order they come to an end.
+    """Attack the images in the queue, and yield results as they finish.
 
     Args:
         attack: The attack.
         xs: All images.
-        targets: A class for each.
-        queue: Which to attack: indices into `xs`.
-        mesh: The devices of this process, along `AXIS`; they share the queue.
-        batch_size: The lanes on each device.
+        targets: The class for each.
+        queue: The indices in `xs` of the images to attack.
+        mesh: The devices of this process, along `AXIS`.
+        batch_size: Number of lanes on each device.
 
     Yields:
-        The indices of images that are finished, and their results along a leading axis.
+        The indices of images that have finished, and their results along a leading axis.
     """
     if not len(queue):
         return
     places = -(-batch_size // TURNOVER)
-    image_in = np.full((mesh.size, batch_size), -1)  # lane: the image's index, or -1
+    image_in = np.full((mesh.size, batch_size), -1)  # the index of each lane's image, or -1
 
     def admit() -> Arrivals:
-        """The next images, as evenly over the devices as they go."""
+        """Assign the next images to vacant lanes, evenly over the devices."""
         nonlocal queue
         vacant = image_in < 0
         place = np.cumsum(vacant, axis=1) - 1
@@ -92,6 +92,7 @@ def attack_in_lanes(
         return Arrivals(*flat)
 
     def dismiss(departures: Departures) -> tuple[np.ndarray, AttackResult]:
+        """Vacate the lanes of finished images; return the images' indices and results."""
         lane, finished, results = jax.device_get(departures)
         device = np.flatnonzero(finished) // places
         images = image_in[device, lane[finished]]
@@ -118,14 +119,14 @@ def attack_in_lanes(
 def lane(
     attack: Attack, x: Float[Array, "*shape"], target: Int[Array, ""]
 ) -> tuple[PyTree[Array], AttackResult]:
-    """One lane before its first step, and its result; jitted, so that its shapes are kept."""
+    """One lane before its first step, and its result; jitted, as that caches its shapes."""
     state = attack.init(x, target)
     return state, attack.result(state)
 
 
 @jax.jit
 def step(attack: Attack, state: PyTree[Array]) -> PyTree[Array]:
-    """One step of a lane; jitted, so that it is traced once for what it would hold in memory."""
+    """One step of a lane; jitted, as that caches the trace from which its memory is estimated."""
     return attack.step(state)
 
 
@@ -138,7 +139,7 @@ def _start(
     mesh: Mesh,
     batch_size: int,
 ) -> PyTree[Array]:
-    """Lanes before the first turn, all of the same image: no state is made of nothing."""
+    """The lanes before the first turn, all of the first image, so that their states are valid."""
     state = attack.init(x, target)
     split = NamedSharding(mesh, PartitionSpec(AXIS))
 
@@ -159,10 +160,10 @@ def _turn(
     *,
     mesh: Mesh,
 ) -> tuple[PyTree[Array], Departures]:
-    """Take new images in, step until `wanted` lanes of each device are finished, and read those.
+    """Admit new images, step until `wanted` lanes of each device have finished, and read these.
 
-    What else is finished is read the next time. A device that has fewer lanes occupied than are
-    wanted steps until all of them are finished.
+    Other lanes that have finished are read at the next turn. A device with fewer than `wanted`
+    lanes occupied steps until all of them have finished.
     """
 
     def on_one_device(
@@ -200,7 +201,7 @@ def _turn(
 
 
 def as_attack(attack: Attack | Callable[..., AttackResult]) -> Attack:
-    """Return an attack as it is, and any other function of image and class as one of one step."""
+    """Return an attack unchanged, and wrap any other function of image and class as one step."""
     if isinstance(attack, Attack):
         return attack
     checks.model("attack", attack)
@@ -208,7 +209,7 @@ def as_attack(attack: Attack | Callable[..., AttackResult]) -> Attack:
 
 
 def hoist(attack: Attack, x: jax.ShapeDtypeStruct) -> Attack:
-    """Return the attack on images like `x`, with every array that it closes over as a leaf."""
+    """Return the attack on images like `x`, with all arrays that it closes over as leaves."""
     if not isinstance(attack.method, _Whole):
         return attack.hoist(x)
     target = jax.ShapeDtypeStruct((), jnp.int32)
@@ -229,7 +230,7 @@ class _WholeState(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Whole:
-    """The method of a function `(x, target) -> AttackResult`: one step, which is all of it."""
+    """The method of a function `(x, target) -> AttackResult`: a single step."""
 
     fn: Function
 
@@ -243,8 +244,8 @@ class _Whole:
     def step(self, attack: Attack, state: _WholeState) -> _WholeState:
         new = self.fn(state.x, state.target)
         result = jax.tree.map(lambda a, b: jnp.where(state.done, a, b), state.result, new)
-        # The image changes, as XLA would take the attack out of a loop in which nothing does, and
-        # run it at every turn; and to one that takes no time if the lane is stepped again.
+        # The step changes its input: XLA would move an attack whose input never changes out of the
+        # loop, and run it at every turn. From the adversarial image a further step is quick.
         return _WholeState(new.x_adv, state.target, result, jnp.bool_(True))
 
     def done(self, attack: Attack, state: _WholeState) -> Bool[Array, ""]:

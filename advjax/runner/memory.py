@@ -12,10 +12,10 @@ from jaxtyping import Float, PyTree
 from advjax.attacks import Attack
 from advjax.runner.lanes import step
 
-_CPU_BYTES = 4 << 20  # of the lanes' states: about what stays in a core's cache
-_MEMORY_SHARE = 1 / 2  # of an accelerator's memory
-_COPIES = 14  # of an image in a lane: the history of 4 pairs, and 6 more
-_BATCH_SIZES = (8, 512)  # the least and the most lanes by default
+_CPU_BYTES = 4 << 20  # for the lanes' states: about the size of a core's cache
+_MEMORY_FRACTION = 1 / 2  # of an accelerator's memory
+_COPIES = 14  # image-sized vectors in a lane: the history of 4 pairs, and 6 more
+_BATCH_SIZES = (8, 512)  # the fewest and the most lanes by default
 
 
 def default_batch_size(
@@ -24,26 +24,29 @@ def default_batch_size(
     x: Float[np.ndarray, "1 *shape"],
     device: jax.Device,
 ) -> int:
-    """The number of lanes on a device: for a CPU's cache, or for an accelerator's memory.
+    """Choose the number of lanes on a device, by a CPU's cache or an accelerator's memory.
 
     Args:
         attack: The attack.
         state: The shapes of one lane's state.
         x: An image.
-        device: One of those that it will run on.
+        device: One of the devices.
+
+    Returns:
+        The number of lanes.
     """
-    # What a function that is no flat machine needs is not to be seen: assume as much as they do.
+    # The memory of a plain function does not show in its state: assume that of a flat attack.
     lane_bytes = max(_bytes(jax.tree.leaves(state)), _COPIES * x.nbytes)
     budget = _CPU_BYTES
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
-        budget = int(_MEMORY_SHARE * stats.get("bytes_limit", 8 << 30))
+        budget = int(_MEMORY_FRACTION * stats.get("bytes_limit", 8 << 30))
         lane_bytes += peak_bytes(step.trace(attack, state).jaxpr.jaxpr)
     return int(np.clip(budget // lane_bytes, *_BATCH_SIZES))
 
 
 def peak_bytes(jaxpr: core.Jaxpr) -> int:
-    """The most that a program holds at a time beside its arguments, if no operations are fused."""
+    """Estimate a program's peak memory beside its arguments, as if no operations were fused."""
     last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _used(eqn)}
     kept = {*jaxpr.invars, *jaxpr.constvars, *_variables(jaxpr.outvars)}
     held = peak = 0
@@ -63,7 +66,7 @@ def _variables(atoms: Iterable[core.Var | core.Literal]) -> set[core.Var]:
 
 
 def _inner(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The programs that an operation calls, of which it needs the memory of one at a time."""
+    """The programs that an operation calls, one at a time."""
     for leaf in jax.tree.leaves(list(eqn.params.values())):
         if isinstance(leaf, core.ClosedJaxpr):
             yield leaf.jaxpr

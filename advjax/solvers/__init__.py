@@ -1,4 +1,4 @@
-"""Bounded minimisers, each one pure step, and the loop that runs one."""
+"""Bounded minimisers as pure steps, and the loop that runs one."""
 
 from advjax.solvers.base import (
     Solver,

@@ -1,4 +1,4 @@
-"""What a bounded minimiser is: two pure functions and the state between them."""
+"""The interface of a bounded minimiser: two pure functions, and the state between them."""
 
 import enum
 from collections.abc import Callable
@@ -19,13 +19,13 @@ ValueAndGrad = Callable[
 
 
 class Status(enum.IntEnum):
-    """Where a minimisation stands, or why it ended."""
+    """The status of a minimisation: whether it is running, or why it ended."""
 
     RUNNING = 0
     CONVERGED = 1
     """The projected gradient is within the caller's tolerance."""
     STALLED = 2
-    """No step lowers the value any more: the optimum to within rounding, or a kink."""
+    """No step lowers the value any more: at the optimum up to rounding, or at a kink."""
     NONFINITE = 3
     """The objective or its gradient is not finite at the starting point."""
     BUDGET = 4
@@ -33,15 +33,15 @@ class Status(enum.IntEnum):
     EMPTY_BOX = 5
     """A lower bound lies above its upper bound (or is NaN): no point is feasible."""
     SMALL_DECREASE = 6
-    """The value falls by no more than the caller's relative tolerance."""
+    """The value decreases by no more than the caller's relative tolerance."""
 
 
 class SolverState(NamedTuple):
     """The state of a minimisation between two evaluations.
 
-    A caller whose objective changes either replaces `value` and `grad` by those of the new
-    objective at the same `x`, or asks for a re-evaluation (`reevaluate`). A step from a state that
-    had stalled starts a new line search.
+    When its objective changes, the caller either replaces `value` and `grad` by those of the new
+    objective at the same `x`, or asks for a re-evaluation (`reevaluate`). A step from a stalled
+    state starts a new line search.
     """
 
     x: Float[Array, "*shape"]
@@ -51,17 +51,17 @@ class SolverState(NamedTuple):
     grad: Float[Array, "*shape"]
     """The gradient there; 0 before the first evaluation."""
     aux: PyTree
-    """What else the objective returned there."""
+    """The auxiliary output of the objective there."""
     error: Float[Array, ""]
     """`||clip(x - grad) - x||_2`, the length of the projected gradient."""
     evaluated: Bool[Array, ""]
-    """Whether `value` and `grad` are the objective's at `x`; if not, the next step evaluates `x`.
-    """
+    """Whether `value` and `grad` belong to `x`; if not, the next step evaluates `x`."""
     status: Int[Array, ""]
-    """`RUNNING`, `STALLED` or `NONFINITE`. That it has converged is for the caller to say."""
+    """`RUNNING`, `STALLED` or `NONFINITE`; the caller decides about `CONVERGED`."""
     num_evals: Int[Array, ""]
+    """Number of evaluations of the objective's value and gradient."""
     memory: Any
-    """What only the solver itself reads."""
+    """The solver's own state, which nothing else reads."""
 
 
 @runtime_checkable
@@ -83,19 +83,19 @@ StepFn = Callable[[ValueAndGrad, SolverState, Box], SolverState]
 class Solver(NamedTuple):
     """A bounded minimiser as two pure functions, of one problem each; `jax.vmap` them for many.
 
-    A solver steps; its caller decides when to stop, by `state.error` or by anything else.
+    A solver steps; its caller decides when to stop, by `state.error` or by any other criterion.
 
-    `x` may be of any shape, but flat is best: XLA's CPU backend takes up to twenty times as long
-    for a sum over the axes of an image as for one over a vector.
+    `x` may have any shape, but a vector is best: XLA's CPU backend takes up to twenty times as long
+    to sum over the axes of an image as over a vector.
 
     Attributes:
         init: `(value_and_grad, x0, box, first_step=None) -> state`. Evaluates nothing: the first
-            step evaluates `x0`, moved into the box. `first_step` is what the caller knows of the
-            curvature: the first step to try along minus the gradient, in multiples of it. By
-            default the solver chooses one that does not depend on the scale of the objective.
-        step: `(value_and_grad, state, box) -> state`. Makes one evaluation: a trial point that is
-            either accepted or brings the next trial nearer, so that the line search is part of the
-            state and no loop is nested in another.
+            step evaluates `x0`, moved into the box. `first_step` is the caller's estimate of the
+            inverse curvature: the first trial step is minus the gradient times this. By default
+            the solver chooses a step that does not depend on the scale of the objective.
+        step: `(value_and_grad, state, box) -> state`. Makes one evaluation, at a trial point that
+            is accepted, or rejected for a shorter step next time. The line search is thus part of
+            the state, and no loop is nested in another.
     """
 
     init: InitFn
@@ -109,12 +109,12 @@ class SolverResult(NamedTuple):
         x: The best point found, in the box; a pytree like `x0`.
         value: The objective there.
         grad: Its gradient there, a pytree like `x0`.
-        aux: What else the objective returned there, `()` without `has_aux`.
+        aux: The auxiliary output of the objective there, `()` without `has_aux`.
         error: `||clip(x - grad) - x||_2`, 0 at a stationary point.
         success: Whether a tolerance was met: the status is `CONVERGED` or `SMALL_DECREASE`.
         status: A `Status`.
-        num_iterations: How many steps were accepted.
-        num_evals: How often value and gradient were evaluated, line search included.
+        num_iterations: Number of accepted steps.
+        num_evals: Number of evaluations of value and gradient, those of the line search included.
     """
 
     x: PyTree[Float[Array, "..."]]
@@ -134,10 +134,10 @@ def initial_state(
     """Make the state before the first evaluation, for a solver's `init`.
 
     Args:
-        value_and_grad: `x -> ((value, aux), grad)`, of which only the shapes are asked for.
-        x0: Where to start.
+        value_and_grad: `x -> ((value, aux), grad)`, which is traced for its shapes alone.
+        x0: The initial point.
         box: `(lower, upper)`; `x0` is moved into it.
-        memory: What the solver keeps for itself.
+        memory: The solver's own state.
 
     Returns:
         A `SolverState` that is not evaluated, so that the first step evaluates `x0`.
@@ -167,10 +167,10 @@ def next_state(
 
     Args:
         value_and_grad: `x -> ((value, aux), grad)`.
-        state: The state before.
-        x: Where to go; it is moved into the box.
+        state: The previous state.
+        x: The new point; it is moved into the box.
         box: `(lower, upper)`.
-        memory: What the solver keeps for itself.
+        memory: The solver's own state.
 
     Returns:
         The `SolverState` at that point, better or not.
@@ -192,7 +192,7 @@ def next_state(
 def reevaluate(state: SolverState) -> SolverState:
     """Make the next step evaluate `x` itself, under an objective that has changed.
 
-    The gradient becomes 0, so that a solver that does not look at `evaluated` stays where it is.
+    The gradient becomes 0, so that a solver that ignores `evaluated` stays at `x`.
 
     Args:
         state: The state under the old objective.
@@ -214,9 +214,9 @@ def projected_gradient_norm(
         box: `(lower, upper)`.
 
     Returns:
-        `||clip(x - grad) - x||_2`: 0 where, and only where, no direction into the box descends.
+        `||clip(x - grad) - x||_2`: 0 if and only if no feasible direction is a descent direction.
     """
-    # As a step rather than a point: next to a large x, x - grad would round a small grad away.
+    # Clip the step rather than the point: x - grad would lose a small gradient beside a large x.
     step = jnp.clip(-grad, jnp.subtract(box.lower, x), jnp.subtract(box.upper, x))
     scaled, exponent = scale(jnp.ravel(step))
     return jnp.ldexp(jnp.linalg.norm(scaled), exponent)
@@ -229,8 +229,8 @@ def scale(vector: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Int[A
         vector: Finite numbers of any scale.
 
     Returns:
-        The vector with a largest entry of about 1, and the exponent: exactly, but for entries that
-        vanish beside the largest, `vector = scaled * 2**exponent`.
+        The scaled vector, whose largest entry is about 1, and the exponent: `vector = scaled *
+        2**exponent`, exactly except for entries that underflow beside the largest.
     """
     exponent = jnp.frexp(jnp.max(jnp.abs(vector), initial=0))[1]
     return jnp.ldexp(vector, -exponent), exponent

@@ -1,15 +1,15 @@
 """jaxopt's L-BFGS-B behind the interface of our own solver, guarded against its defects.
 
-jaxopt 0.8.5 is no longer maintained, and three of its defects matter here (each has a test that
-will fail, and so say it, once jaxopt is mended):
+jaxopt 0.8.5 is no longer maintained, and three of its defects matter here. Each has a test that
+fails, and so tells us, once jaxopt is fixed:
 
-- A free coordinate of the Cauchy point that sits a rounding error outside the box makes the
-  subspace step leave the box by far. Guard: the bounds it is given are wider by `slack`, and what
-  it evaluates and answers is clipped.
-- Its ring buffer of past steps is not put in order before the lower triangle of S^T Y is taken, so
-  that the matrix is wrong once the memory has wrapped. Guard: the buffer is rolled after each
-  update, so that the oldest pair always stands first.
-- With `linesearch="backtracking"` it can blow up. Guard: the zoom line search, always.
+- If rounding puts a free coordinate of the Cauchy point just outside the box, the subspace step
+  leaves the box by far. Guard: jaxopt is given bounds that are wider by `slack`, and the points
+  that it evaluates and returns are clipped.
+- The ring buffer of past steps is not reordered before the lower triangle of S^T Y is taken, so
+  that the matrix is wrong once the buffer has wrapped. Guard: the buffer is rolled after each
+  update, so that the oldest pair always comes first.
+- With `linesearch="backtracking"` it can diverge. Guard: always the zoom line search.
 """
 
 import functools
@@ -34,19 +34,19 @@ from advjax.types import Box
 
 
 def jaxopt_lbfgsb(*, memory: int = 10, slack: float = 1e-6) -> Solver:
-    """`jaxopt.LBFGSB` as a `Solver`, guarded: for comparison, and for whoever relies on it.
+    """Wrap `jaxopt.LBFGSB` as a `Solver`, with guards against its defects.
 
-    A step is one whole iteration with its line search, so it makes as many evaluations as that
-    needs (`num_evals` counts them, and the last step may exceed a budget); under `jax.vmap` every
-    lane waits for the slowest line search. `lbfgsb` needs far less time and fewer evaluations.
+    A step is one whole iteration with its line search, and makes as many evaluations as that needs:
+    `num_evals` counts them, and the last step may exceed a budget. Under `jax.vmap` every lane
+    waits for the slowest line search. `lbfgsb` needs far less time and fewer evaluations.
 
     Args:
-        memory: How many pairs of steps and gradient changes it remembers.
-        slack: By how much the bounds it is given are wider than the box, in the unit of `x`.
+        memory: Number of pairs of steps and gradient changes to keep.
+        slack: How much wider the bounds given to jaxopt are than the box, in the unit of `x`.
 
     Returns:
-        A `Solver`. It ends as `STALLED` where its line search fails. The `first_step` of its `init`
-        is ignored: jaxopt's first step is as long as the gradient.
+        A `Solver`. Its status becomes `STALLED` if the line search fails. It ignores the
+        `first_step` of `init`: the first step of jaxopt is as long as the gradient.
 
     Raises:
         ValueError: If `memory` is not a positive integer, or `slack` is negative.
@@ -54,9 +54,9 @@ def jaxopt_lbfgsb(*, memory: int = 10, slack: float = 1e-6) -> Solver:
     return _make(checks.positive_int("memory", memory), checks.number("slack", slack, minimum=0))
 
 
-@functools.cache  # so that equal options are one solver, whose programs are compiled once
+@functools.cache  # equal options return the same solver, whose programs are compiled once
 def _make(memory: int, slack: float) -> Solver:
-    with warnings.catch_warnings():  # that it is unmaintained, as said above
+    with warnings.catch_warnings():  # jaxopt warns that it is unmaintained
         warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
         import jaxopt
 
@@ -84,15 +84,15 @@ def _make(memory: int, slack: float) -> Solver:
     def step(value_and_grad: ValueAndGrad, state: SolverState, box: Box) -> SolverState:
         known = state.memory._replace(value=state.value, grad=state.grad, aux=state.aux)
 
-        def evaluate():
+        def evaluate() -> tuple[Float[Array, "*shape"], Any]:
             (value, aux), grad = value_and_grad(state.x)
             evals = known.num_fun_eval + 1
             return state.x, known._replace(value=value, grad=grad, aux=aux, num_fun_eval=evals)
 
-        def clipped(x):
+        def clipped(x: Float[Array, "*shape"]) -> Any:
             return value_and_grad(jnp.clip(x, box.lower, box.upper))
 
-        def iterate():
+        def iterate() -> tuple[Float[Array, "*shape"], Any]:
             bounds = jnp.subtract(box.lower, slack), jnp.add(box.upper, slack)
             x, new = method(clipped).update(state.x, known, bounds)
             return jnp.clip(x, box.lower, box.upper), _oldest_first(new, memory)
@@ -122,10 +122,10 @@ def _make(memory: int, slack: float) -> Solver:
 
 
 def _oldest_first(state: Any, memory: int) -> Any:
-    """A jaxopt state with its history rolled, once full, so that the oldest pair stands first."""
+    """Roll the full history of a jaxopt state, so that the oldest pair comes first."""
     full = state.num_updates > memory
 
-    def roll(history):
+    def roll(history: Float[Array, "memory *shape"]) -> Float[Array, "memory *shape"]:
         return jnp.where(full, jnp.roll(history, -1, axis=0), history)
 
     return state._replace(

@@ -1,9 +1,9 @@
-"""Projected L-BFGS for boxes, flat: one evaluation a step, the line search as state.
+"""Projected L-BFGS for boxes, flat: one evaluation per step, with the line search as state.
 
 Each step moves along the quasi-Newton direction of the coordinates that are free at the current
-point, projected back into the box (the two-metric projection of Bertsekas, 1982). The history is
-masked to the free coordinates anew at every step, so it outlives changes of the active set, and
-changes of the objective by its caller.
+point, projected back into the box (the two-metric projection of Bertsekas, 1982). At every step the
+history is masked to the coordinates that are free then, so that it stays of use when the active set
+changes, or the caller changes the objective.
 """
 
 import functools
@@ -28,53 +28,56 @@ from advjax.types import Box
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # accelerators would multiply in half precision
 _SUFFICIENT_DECREASE = 1e-4  # Armijo's constant (Nocedal and Wright, 2006, section 3.1)
-_SHRINK = (0.1, 0.5)  # by how much a rejected step may be shortened
-_FIRST_SHRINK = 1e-3  # by how much at most while there is no pair, and the first step is a guess
-_FIRST_LENGTH = 1.0  # of the first step, where the caller does not know the curvature
-_ROUNDING = 4.0  # of values, in units of their last digit
-_NEARER = 0.5  # a shorter projected gradient than this many times the least is a gain, too
+_SHRINK = (0.1, 0.5)  # the least and the largest factor for a rejected step
+_FIRST_SHRINK = 1e-3  # the least factor while there is no pair, and the first step is a guess
+_FIRST_LENGTH = 1.0  # of the first step, if the caller does not know the curvature
+_ROUNDING = 4.0  # the error of a value, in units of its last digit
+_NEARER = 0.5  # a projected gradient shorter than this times the shortest so far is progress too
 _GROWTH = 4.0  # of the step along a direction without positive curvature
-_BLOCK = 4096  # coordinates of the history that stay in a cache
-_LARGE = 16 * _BLOCK
-_MAX_REJECTIONS = 15  # in a row; then the history is dropped, then the solver gives up
-_MAX_IDLE = 5  # accepted steps in a row that gain no more than rounding
+_BLOCK = 4096  # coordinates of the history that fit into a CPU cache
+_LARGE = 16 * _BLOCK  # from this size on, a history is read in blocks
+_MAX_REJECTIONS = 15  # in a row; then the history is dropped, and the next time the solver stalls
+_MAX_IDLE = 5  # accepted steps in a row without progress beyond rounding
 
 
 class _Memory(NamedTuple):
-    """Pairs of steps and gradient changes, in a ring: the k-th ever is in slot k modulo memory."""
+    """A ring buffer of steps and gradient changes, pair k in slot `k % memory`, and counters."""
 
     history: Float[Array, "rows size"]
-    """The steps, one a row, and below them the gradient changes."""
+    """The steps, one per row, and below them the gradient changes. Each row is scaled by a power of
+    two to a largest entry of about 1, so that no inner product overflows or underflows, however
+    steep or flat the objective."""
     exponents: Int[Array, " memory"]
-    """Each row is scaled by a power of two to a largest entry about 1, so that no inner product of
-    steep or flat objectives overflows or vanishes. Of each pair: the exponent of the step's factor
-    less that of the change's."""
+    """For each pair, the exponent of the step's scale less that of the gradient change's."""
     rounding: Float[Array, " memory"]
-    """Of each pair: what the inner product of the two must exceed to be more than rounding."""
+    """For each pair, the rounding error of the inner product of its step and gradient change."""
     num_pairs: Int[Array, ""]
-    """How many there were since the last were forgotten."""
+    """Number of pairs since the history was last dropped, those overwritten since included."""
     inverse_curvature: Float[Array, ""]
     """`s.y / y.y` of the newest pair; 0 before the first."""
     first_step: Float[Array, ""] | None
-    """The inverse curvature that the caller expects; None if it does not know."""
+    """The caller's estimate of the inverse curvature; None if there is none."""
     step_size: Float[Array, ""]
+    """The factor of the next trial step along the search direction."""
     rejections: Int[Array, ""]
+    """Number of trial points rejected in a row."""
     idle: Int[Array, ""]
+    """Number of accepted steps in a row without progress beyond rounding."""
     least_error: Float[Array, ""]
-    """Of the points since the value last gained more than rounding."""
+    """The shortest projected gradient since the value last decreased by more than rounding."""
 
 
 def lbfgsb(*, memory: int = 4) -> Solver:
-    """A limited-memory BFGS method for box constraints, made for `jax.vmap`.
+    """Make a limited-memory BFGS method for box constraints, designed for `jax.vmap`.
 
     Args:
-        memory: How many pairs of steps and gradient changes it remembers. The state holds
-            `2 * memory` arrays of the size of `x`, and a step's time is mostly reading them.
+        memory: Number of pairs of steps and gradient changes to keep. The state holds `2 * memory`
+            arrays of the size of `x`, and most of a step's time goes into reading them.
 
     Returns:
-        A `Solver`, one evaluation a step. A trial point whose value or gradient is not finite is
-        rejected like any other bad step. It ends as `STALLED` where rounding hides any further
-        decrease.
+        A `Solver` with one evaluation per step. A trial point whose value or gradient is not finite
+        is rejected like any other bad step. The status becomes `STALLED` when rounding hides any
+        further decrease.
 
     Raises:
         ValueError: If `memory` is not a positive integer.
@@ -82,7 +85,7 @@ def lbfgsb(*, memory: int = 4) -> Solver:
     return _make(checks.positive_int("memory", memory))
 
 
-@functools.cache  # so that equal options are one solver, whose programs are compiled once
+@functools.cache  # equal options return the same solver, whose programs are compiled once
 def _make(memory: int) -> Solver:
     def init(
         value_and_grad: ValueAndGrad,
@@ -107,15 +110,18 @@ def _make(memory: int) -> Solver:
     def step(value_and_grad: ValueAndGrad, state: SolverState, box: Box) -> SolverState:
         old, known = state.memory, state.evaluated
         idle = jnp.where(state.status == Status.RUNNING, old.idle, 0)
-        state = state._replace(grad=jnp.where(known, state.grad, 0))  # so that the trial is x
+        # With a gradient of 0 the trial point is x itself: an unevaluated state is evaluated.
+        state = state._replace(grad=jnp.where(known, state.grad, 0))
 
-        # The trial lies on the projection arc: a shorter step is projected anew. Along the straight
-        # segment to the first projection a variable would creep towards its bound for ever.
-        def on_arc(direction):
+        # The trial point is on the projection arc: a shorter step is projected again. On the
+        # straight segment to the first projection a variable would approach its bound for ever
+        # without reaching it.
+        def on_arc(direction: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
             return jnp.clip(state.x + old.step_size * direction, box.lower, box.upper)
 
         trial = on_arc(_direction(state.x, state.grad, old, box))
         descends = jnp.vdot(state.grad, trial - state.x) < 0
+        # Projection may turn a quasi-Newton step uphill; a projected gradient step never is.
         trial = jnp.where(descends, trial, on_arc(_steepest(state.x, state.grad, old, box)))
         (value, aux), grad = value_and_grad(trial)
 
@@ -125,8 +131,8 @@ def _make(memory: int) -> Solver:
         digit = jnp.finfo(value.dtype).eps * jnp.abs(state.value)
         rounding = jnp.where(known, _ROUNDING * digit, 0)
         finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(grad))
-        # Where rounding hides the decrease of the value, the gradients tell it better: the
-        # approximate Wolfe condition of Hager and Zhang (2005).
+        # Where rounding hides the decrease of the value, the slopes at both ends estimate it more
+        # accurately: the approximate Wolfe condition of Hager and Zhang (2005).
         sufficient = -_SUFFICIENT_DECREASE * jnp.minimum(slope, 0)
         by_gradients = -(slope + new_slope) / 2
         accepted = finite & (
@@ -135,7 +141,7 @@ def _make(memory: int) -> Solver:
             | ((decrease >= -rounding) & (by_gradients >= sufficient))
         )
 
-        def choose(new, old):
+        def choose(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
 
         rejections = jnp.where(accepted, 0, old.rejections + 1)
@@ -144,6 +150,8 @@ def _make(memory: int) -> Solver:
         x, grad = choose((trial, grad), (state.x, state.grad))
         evaluated = known | accepted
         error = jnp.where(evaluated, projected_gradient_norm(x, grad, box), jnp.inf)
+        # At the optimum, accepted steps only shuffle the last digit. A projected gradient that
+        # shrinks is progress even so: the value of a flat valley changes by less than rounding.
         gained = (decrease > rounding) | ~known
         nearer = error < _NEARER * old.least_error
         least_error = jnp.where(gained | nearer, error, old.least_error)
@@ -154,7 +162,7 @@ def _make(memory: int) -> Solver:
             [jnp.int32(Status.NONFINITE), jnp.int32(Status.STALLED)],
             jnp.int32(Status.RUNNING),
         )
-        # Without positive curvature no pair tells the next step's length, so that it grows.
+        # Without positive curvature no new pair scales the next step, so that it is lengthened.
         one = jnp.ones_like(slope)
         curved = ~known | (new_slope > slope)
         longer = jnp.where(curved, one, _GROWTH * old.step_size)
@@ -186,15 +194,17 @@ def _checked(first_step: Float[ArrayLike, ""] | None, dtype: Any) -> Float[Array
     return None if first_step is None else jnp.asarray(first_step, dtype)
 
 
-def _free(x: Float[Array, "*shape"], grad: Float[Array, "*shape"], box: Box):
-    """The coordinates that minus the gradient does not push against a bound."""
+def _free(
+    x: Float[Array, "*shape"], grad: Float[Array, "*shape"], box: Box
+) -> Bool[Array, "*shape"]:
+    """Which coordinates are free: minus the gradient does not push them against a bound."""
     return ~(((x <= box.lower) & (grad > 0)) | ((x >= box.upper) & (grad < 0)))
 
 
 def _steepest(
     x: Float[Array, "*shape"], grad: Float[Array, "*shape"], memory: _Memory, box: Box
 ) -> Float[Array, "*shape"]:
-    """Minus the gradient on the free coordinates, times what is known of the inverse curvature."""
+    """Minus the gradient on the free coordinates, times the estimate of the inverse curvature."""
     scaled, exponent = scale(jnp.where(_free(x, grad, box), grad, 0))
     return -_inverse_curvature(memory, scaled, exponent) * scaled
 
@@ -202,7 +212,7 @@ def _steepest(
 def _inverse_curvature(
     memory: _Memory, scaled_grad: Float[Array, "*shape"], exponent: Int[Array, ""]
 ) -> Float[Array, ""]:
-    """By what to multiply the scaled gradient of the free coordinates."""
+    """The factor for the scaled gradient of the free coordinates: inverse curvature times scale."""
     if memory.first_step is None:
         length = jnp.linalg.norm(jnp.ravel(scaled_grad))
         first = _FIRST_LENGTH / jnp.where(length > 0, length, 1)
@@ -217,9 +227,9 @@ def _direction(
 ) -> Float[Array, "*shape"]:
     """Minus the inverse Hessian times the gradient, on the free coordinates; 0 on the others.
 
-    The two-loop recursion with each pair cut to the free coordinates, and a pair whose curvature is
-    not positive there left out. All its vectors are combinations of the gradient and the pairs, so
-    that it runs on their coefficients once the inner products are known.
+    The two-loop recursion, with each pair masked to the free coordinates. A pair without positive
+    curvature there is left out. All vectors of the recursion are linear combinations of the
+    gradient and the pairs, so that it runs on coefficients once the inner products are known.
     """
     free = _free(x, grad, box)
     scaled_grad, exponent = scale(jnp.where(free, grad, 0))
@@ -239,7 +249,7 @@ def _direction(
     weights = jnp.zeros(2 * size, x.dtype).at[rows].set(of_pairs)
     r = jnp.matmul(weights, memory.history, precision=_HIGHEST) + of_grad * flat_grad
     r = jnp.where(free, r.reshape(x.shape), 0)
-    # A free coordinate on its bound that the recursion would push outwards cannot move.
+    # Even a free coordinate on its bound may be pushed outwards by the recursion: it must not move.
     outwards = ((x <= box.lower) & (r > 0)) | ((x >= box.upper) & (r < 0))
     return jnp.where(outwards, 0, -r)
 
@@ -247,18 +257,22 @@ def _direction(
 def _inner_products(
     history: Float[Array, "rows n"], grad: Float[Array, " n"], free: Bool[Array, " n"]
 ) -> Float[Array, "vectors rows"]:
-    """Those of the gradient changes and of the gradient with all rows, over the free coordinates.
+    """Inner products, over the free coordinates, of gradient changes and gradient with all rows.
 
-    With one factor of each product cut to the free coordinates, the other may stay as it is.
+    It is enough to mask one factor of each product.
+
+    Returns:
+        A row for each gradient change and a last one for the gradient; a column for each row of the
+        history.
     """
     size = len(history) // 2
 
-    def at_once(history, grad, free):
+    def at_once(history: Array, grad: Array, free: Array) -> Array:
         rows = jnp.where(free, jnp.concatenate([history[size:], grad[None]]), 0)
         return jnp.matmul(rows, history.T, precision=_HIGHEST)
 
-    def one_by_one(history, grad, free):
-        # One product of matrices takes XLA's CPU backend twice as long, for shapes like these.
+    def one_by_one(history: Array, grad: Array, free: Array) -> Array:
+        # XLA's CPU backend takes twice as long for one product of matrices of such shapes.
         vectors = (*history[size:], grad)
         return jnp.stack(
             [
@@ -267,9 +281,9 @@ def _inner_products(
             ]
         )
 
-    def in_blocks(history, grad, free):
-        # A history beyond the caches is read once instead of once for each row.
-        def add(i, total):
+    def in_blocks(history: Array, grad: Array, free: Array) -> Array:
+        # A history larger than the caches is thus read once, rather than once for each row.
+        def add(i: Int[Array, ""], total: Array) -> Array:
             start = i * _BLOCK
             some = (
                 jax.lax.dynamic_slice_in_dim(history, start, _BLOCK, axis=1),
@@ -299,18 +313,19 @@ def _two_loop_recursion(
 ) -> tuple[Float[Array, " rows"], Float[Array, ""]]:
     """The inverse Hessian times the gradient g, as coefficients of the pairs and of g.
 
-    Nocedal and Wright (2006), algorithm 7.4: either of its loops solves a triangular system, which
-    takes the same time to compile whatever the memory.
+    Nocedal and Wright (2006), algorithm 7.4. Each of its two loops solves a triangular system;
+    written as such, it takes the same time to compile for any memory.
 
     Args:
-        products: Of the gradient changes y and, in the last row, of g, with the steps s and then
-            with the changes; newest first. Steps, changes and g are the scaled ones.
-        usable: Whether to take a pair.
-        scales: Of each pair: what the factors taken out of s, y and g multiply to, `s g / y`.
-        identity: The inverse Hessian times the identity, if the newest pair is not usable.
+        products: Inner products of the gradient changes y and, in the last row, of g, with the
+            steps s and then with the changes y, newest first. All vectors are the scaled ones.
+        usable: Whether to use each pair.
+        scales: For each pair, the scale of s times that of g divided by that of y.
+        identity: The initial inverse Hessian, a multiple of the identity, for when the newest pair
+            is not usable.
 
     Returns:
-        The coefficients of the steps, followed by those of the changes; that of g.
+        The coefficients of the steps, followed by those of the changes; and the coefficient of g.
     """
     size = len(usable)
     ys, yy = products[:size, :size], products[:size, size:]
@@ -319,10 +334,11 @@ def _two_loop_recursion(
     identity = jnp.where(newest, scales[0] * ys[0, 0] / jnp.where(newest, yy[0, 0], 1), identity)
 
     both = usable[:, None] & usable[None, :]
-    # Of the product of s_i with y_j, those where y_j is as new or newer.
+    # The products of s_i with the y_j that are as new or newer. The rows of unusable pairs are rows
+    # of the identity, so that the system stays regular and their coefficients are 0.
     triangle = jnp.where(both, jnp.tril(ys.T), jnp.diag((~usable).astype(ys.dtype)))
 
-    def solve(right, *, transpose):
+    def solve(right: Float[Array, " memory"], *, transpose: bool) -> Float[Array, " memory"]:
         right = jnp.where(usable, right, 0)[:, None]
         return jax.lax.linalg.triangular_solve(
             triangle, right, left_side=True, lower=True, transpose_a=transpose
@@ -342,7 +358,7 @@ def _remember(
     keep: Bool[Array, ""],
     forget: Bool[Array, ""],
 ) -> _Memory:
-    """Put the pair in the oldest one's place if its curvature is positive; or forget them all."""
+    """Overwrite the oldest pair with a new one if its curvature is positive; or drop all pairs."""
     (s, of_step), (y, of_change) = scale(jnp.ravel(step)), scale(jnp.ravel(grad_change))
     s_y, y_y = jnp.vdot(s, y), jnp.vdot(y, y)
     keep = keep & (s_y > 0)
@@ -366,7 +382,11 @@ def _shrinkage(
     *,
     first: Bool[Array, ""],
 ) -> Float[Array, ""]:
-    """The factor to the minimum of the parabola through both values and the slope, kept modest."""
+    """The factor for a rejected step: to the minimum of the parabola through both values, clipped.
+
+    The parabola has the old point's slope. Where it has no minimum, or a value is not finite, the
+    least factor is taken.
+    """
     curvature = increase - slope
     usable = finite & (curvature > 0)
     factor = jnp.where(usable, -slope / (2 * jnp.where(usable, curvature, 1)), _SHRINK[0])

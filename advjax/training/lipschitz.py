@@ -1,6 +1,5 @@
 """Training towards small Lipschitz bounds."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,16 +11,18 @@ from jaxtyping import Array, Float, Key, PyTree
 from advjax import checks, losses
 from advjax.lipschitz import Conv, Dense, linear_layers, power_step
 
+Vectors = list[Float[Array, "blocks *shape"]]
+
 
 class LipschitzState(NamedTuple):
     """The state of `lipschitz_penalty` between steps.
 
     Attributes:
-        vectors: For each linear layer an estimate of the inputs that it stretches most.
+        vectors: For each linear layer, estimates of its top right singular vectors.
         log_product: The logarithm of the product of the layers' norms, estimated with them.
     """
 
-    vectors: list[Float[Array, "blocks *shape"]]
+    vectors: Vectors
     log_product: Float[Array, ""]
 
 
@@ -35,17 +36,17 @@ def lipschitz_penalty(
     """Penalise the logarithm of the product of a network's layer norms, as the paper suggests.
 
     It adds the gradient of `weight * sum_k log |W_k|` to that of the loss, over all dense layers
-    and convolutions, each with its strides and padding. The norms are those of power iteration, a
-    step or a few on from the vectors of the update before, which costs little more than the network
-    itself does on a few images. Chain it before an optimizer:
+    and convolutions, each with its strides and padding. The norms are estimated by power iteration,
+    a few steps per update from the vectors of the last one, which costs little more than a few
+    images cost the network. Chain it before an optimizer:
 
         optax.chain(lipschitz_penalty(1e-3, model.apply, images[0]), optax.adam(1e-3))
 
     Args:
-        weight: Of the penalty; at least 0.
-        apply: The network, of the parameters and one input, as for `fit`.
+        weight: The weight of the penalty, at least 0.
+        apply: The network, `(params, x) -> output` of one input, as for `fit`.
         like: An input, or a `jax.ShapeDtypeStruct`.
-        num_steps: Steps of power iteration in each update.
+        num_steps: Number of steps of power iteration per update.
 
     Returns:
         A gradient transformation whose state holds the vectors; its `update` needs the parameters.
@@ -59,37 +60,39 @@ def lipschitz_penalty(
     weight = checks.number("weight", weight, minimum=0)
     num_steps = checks.positive_int("num_steps", num_steps)
 
-    def layers(params):
+    def layers(params: Any) -> list[Dense | Conv]:
         found = linear_layers(lambda x: apply(params, x), like)
         if not found:
             raise ValueError("apply: has no dense layer and no convolution to penalise.")
         return found
 
-    def log_product(params, vectors):
-        lengths = jnp.stack(
-            [
-                jnp.max(jax.vmap(_stretch)(layer, v))
-                for layer, v in zip(layers(params), vectors, strict=True)
-            ]
-        )
+    def log_product(params: Any, vectors: Vectors) -> Float[Array, ""]:
+        each = zip(layers(params), vectors, strict=True)
+        stretch = jax.vmap(lambda layer, v: losses.l2(layer.apply(v)))
+        lengths = jnp.stack([jnp.max(stretch(layer, v)) for layer, v in each])
         # A layer of zeros has no logarithm; the floor gives it a gradient of 0.
         return jnp.sum(jnp.log(jnp.maximum(lengths, jnp.finfo(lengths.dtype).tiny)))
 
-    def iterate(params, vectors, steps):
-        turn = functools.partial(_turn, num_steps=steps)
-        found = zip(layers(jax.lax.stop_gradient(params)), vectors, strict=True)
-        return [jax.vmap(turn)(layer, v) for layer, v in found]
+    def iterate(params: Any, vectors: Vectors, steps: int) -> Vectors:
+        each = zip(layers(jax.lax.stop_gradient(params)), vectors, strict=True)
+        turn = jax.vmap(lambda layer, v: power_step(layer.apply, v, num_steps=steps))
+        return [turn(layer, v) for layer, v in each]
 
-    def init(params):
-        keys = jax.random.split(jax.random.key(0), len(found := layers(params)))
+    def init(params: Any) -> LipschitzState:
+        found = layers(params)
+        keys = jax.random.split(jax.random.key(0), len(found))
+
+        def draw(layer: Dense | Conv, key: Key[Array, ""]) -> Float[Array, "*shape"]:
+            return jax.random.normal(key, layer.input_shape, layer.kernel.dtype)
+
         vectors = [
-            jax.vmap(_random_input)(layer, jax.random.split(key, len(layer.kernel)))
-            for key, layer in zip(keys, found, strict=True)
+            jax.vmap(draw)(layer, jax.random.split(key, len(layer.kernel)))
+            for layer, key in zip(found, keys, strict=True)
         ]
         vectors = iterate(params, vectors, 10)
         return LipschitzState(vectors, log_product(params, vectors))
 
-    def update(updates: Any, state: LipschitzState, params: Any = None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, LipschitzState]:
         if params is None:
             raise ValueError("params: None, expected the parameters; pass them to `update`.")
         vectors = iterate(params, state.vectors, num_steps)
@@ -98,17 +101,3 @@ def lipschitz_penalty(
         return updates, LipschitzState(vectors, value)
 
     return optax.GradientTransformation(init, update)
-
-
-def _random_input(layer: Dense | Conv, key: Key[Array, ""]) -> Float[Array, "*shape"]:
-    return jax.random.normal(key, layer.input_shape, layer.kernel.dtype)
-
-
-def _stretch(layer: Dense | Conv, vector: Float[Array, "*shape"]) -> Float[Array, ""]:
-    return losses.l2(layer.apply(vector))
-
-
-def _turn(
-    layer: Dense | Conv, vector: Float[Array, "*shape"], *, num_steps: int
-) -> Float[Array, "*shape"]:
-    return power_step(layer.apply, vector, num_steps=num_steps)

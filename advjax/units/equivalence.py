@@ -59,7 +59,7 @@ def equivalence_test(
     if effects.ndim != 1 or len(effects) < 2:
         raise ValueError(f"effects: shape {effects.shape}, expected (seeds,) of at least 2 seeds.")
     margin = checks.number("margin", margin, minimum=0, exclusive=True)
-    confidence = checks.share("confidence", confidence)
+    confidence = checks.fraction("confidence", confidence)
     freedom = len(effects) - 1
     mean = jnp.mean(effects)
     error = jnp.std(effects, ddof=1) / math.sqrt(len(effects))

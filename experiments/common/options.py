@@ -6,15 +6,13 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from advjax import data
+from advjax.data.loading import Name, Source
 
 PHOTOGRAPHS = "photographs"
 """The data set of the experiments that are not on digits."""
-
-Name = Literal["mnist", "fashion_mnist"]
-Source = Literal["auto", "tfds", "embedded"]
 
 
 def trial(**options: Any) -> Mapping[str, Any]:

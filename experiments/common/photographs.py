@@ -48,7 +48,7 @@ def load_subjects(
         folder: See `data.load_photographs`.
         count: The maximum number of photographs to attack. If the class of a photograph is unknown,
             the network's prediction counts as its class.
-        stride: Keep one of so many rows and columns of the attacked photographs, for a trial.
+        stride: Keep every stride-th row and column of the attacked photographs, for a trial.
     """
     dataset = data.load_photographs(folder=folder)
     predicted = np.asarray(predict(network.logits_fn, dataset.images))

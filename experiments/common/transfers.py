@@ -228,18 +228,9 @@ def misled(
     columns: Sequence[str], found: Found, kind: str, row: str, others: Sequence[str]
 ) -> list[float]:
     """The mean error of some networks on the images of a row, for each seed."""
+    places = [i for i, name in enumerate(columns) if name in others]
     return [
-        float(
-            np.mean(
-                [
-                    wrong / total
-                    for name, wrong, total in zip(
-                        columns, seed["wrong"], seed["total"], strict=True
-                    )
-                    if name in others
-                ]
-            )
-        )
+        float(np.mean([seed["wrong"][i] / seed["total"][i] for i in places]))
         for seed in found[kind, row]
     ]
 

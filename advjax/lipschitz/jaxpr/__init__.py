@@ -1,1 +1,1 @@
-"""Programs: an interpreter of jaxprs, and what is known of their operations."""
+"""Programs: an interpreter of jaxprs, and the Lipschitz properties of their operations."""

@@ -24,7 +24,7 @@ _SLOPES = {
     **dict.fromkeys(["max", "min", "clamp"], 1.0),
     **dict.fromkeys(["add", "add_any", "sub", "copy", "copy_p", "stop_gradient"], 1.0),
 }
-_ORDERED = ("clamp", "sub")  # nondecreasing in one of their operands only
+_ONE_SIDED = ("clamp", "sub")  # nondecreasing in one of their operands only
 _SHIFTS = ("add", "add_any", "sub", "copy", "copy_p")
 _REARRANGEMENTS = ("reshape", "squeeze", "broadcast_in_dim", "transpose")
 
@@ -36,9 +36,10 @@ class Chain(NamedTuple):
 
     Attributes:
         start: The operand of the first layer.
-        layers: Convolutions before dense layers.
-        slopes: The largest slope between each two layers; for each unit in a local bound.
-        steepest: The largest slope anywhere between each two layers.
+        layers: The layers, convolutions before dense layers.
+        slopes: The largest slope between each two layers, for the inputs in question; in a local
+            bound one for each unit.
+        steepest: The largest slope between each two layers, for any input.
     """
 
     start: Signal
@@ -64,7 +65,7 @@ class _Link(NamedTuple):
 
 
 def ending(op: Operation) -> Chain | None:
-    """Find the longest chain that ends in an operation; None if that is no layer."""
+    """Find the longest chain that ends in an operation; None if the operation is not a layer."""
     link = _link(op)
     if link is None:
         return None
@@ -131,8 +132,8 @@ def _convolution(op: Operation) -> _Link | None:
         return None
     if any(dilation != 1 for dilation in params["lhs_dilation"]):
         return None
-    before, _, behind = params["dimension_numbers"]
-    axes = ((*spec[2:], spec[1]) for spec in (before, behind))
+    before, _, after = params["dimension_numbers"]
+    axes = ((*spec[2:], spec[1]) for spec in (before, after))
     return _Link(signal, convolution(op), *axes)
 
 
@@ -143,10 +144,11 @@ class _Join(NamedTuple):
     """Two layers with nothing but biases and activations between them.
 
     Attributes:
-        before: The first.
-        layer: The second, for the units of the first in their order.
-        slope: The largest slope between them; for each unit in a local bound.
-        steepest: The largest slope anywhere.
+        before: The first layer.
+        layer: The second layer, with its inputs in the order of the first one's outputs.
+        slope: The largest slope between them, for the inputs in question; in a local bound one for
+            each unit.
+        steepest: The largest slope between them, for any input.
     """
 
     before: _Link
@@ -166,7 +168,7 @@ def _join(link: _Link) -> _Join | None:
     before = None if signal.operation is None else _link(signal.operation)
     if before is None:
         return None
-    # Where the entries were among the results of the layer before.
+    # Number the results of the layer before, and rearrange the numbers as the program does.
     places = made = np.arange(signal.size).reshape(signal.shape)
     local: Slope = 1.0
     steepest = 1.0
@@ -184,7 +186,8 @@ def _join(link: _Link) -> _Join | None:
     if layer is None:
         return None
     if isinstance(before.layer, Window):
-        local = steepest  # of a channel's many pixels one is nearly always as steep
+        # A channel has one slope, and one of its many pixels nearly always has the largest.
+        local = steepest
     elif isinstance(local, jax.Array):
         local = jnp.max(_rows(local.reshape(signal.shape), before.outputs), axis=0, initial=0)
     return _Join(before, layer, local, steepest)
@@ -196,9 +199,17 @@ def _taking(
     taken: Int[np.ndarray, "examples units"],
     made: Int[np.ndarray, "others outputs"],
 ) -> Layer | None:
-    """The layer with its inputs in the order of the units before it.
+    """Reorder a layer's inputs to match the outputs of the layer before.
 
-    None if one example of it reads several examples of the layer before.
+    Args:
+        link: The layer.
+        before: The layer before it.
+        taken: For each example of the layer, the numbers of the results that it reads.
+        made: For each example of the layer before, the numbers of its results.
+
+    Returns:
+        The layer; None if one of its examples reads several examples of the layer before, if
+        examples differ in their order, or if a convolution's inputs are not in order.
     """
     numbers = np.empty(made.size, int)
     numbers[made] = np.arange(made.size).reshape(made.shape)
@@ -214,31 +225,31 @@ def _taking(
 
 
 def _rows(array: Any, axes: tuple[int, ...]) -> Any:
-    """An array of rows that run along some axes, in their order."""
+    """Reshape an array to rows that run along some axes, in the order given."""
     others = [a for a in range(array.ndim) if a not in axes]
     row = math.prod(array.shape[a] for a in axes)
     return array.transpose(*others, *axes).reshape(-1, row)
 
 
 def local_slope(op: Operation) -> Slope | None:
-    """The largest slope of an elementwise operation where the bound is asked for, by entries."""
+    """The largest slope of each entry of an elementwise operation, for the inputs in question."""
     steepest = _slope(op)
     return None if steepest is None else largest_slope(op, steepest)
 
 
 def _slope(op: Operation, names: Any = _SLOPES) -> float | None:
-    """The largest slope of an elementwise operation; None unless it is one."""
+    """The largest slope, for any input, of a nondecreasing elementwise operation; else None."""
     if op.name not in names or len(op.signals) != 1 or op.signals[0].shape != op.shape:
         return None
-    if op.inputs[1 if op.name == "clamp" else 0] is not op.signals[0] and op.name in _ORDERED:
+    if op.inputs[1 if op.name == "clamp" else 0] is not op.signals[0] and op.name in _ONE_SIDED:
         return None
-    if op.params.keys() & {"jaxpr", "call_jaxpr"}:  # a registered function, of any meaning
+    if op.params.keys() & {"jaxpr", "call_jaxpr"}:  # a registered function of the same name
         return None
     return _SLOPES[op.name]
 
 
 def _is_rearrangement(op: Operation) -> bool:
-    """Whether the result has the entries of the one signal, each once."""
+    """Whether the result has each entry of the one signal exactly once."""
     if op.name not in _REARRANGEMENTS or len(op.signals) != 1:
         return False
     return op.signals[0].size == math.prod(op.shape) and op.params.get("dimensions") is None

@@ -1,6 +1,6 @@
-"""What is known of elementwise functions: slopes, ranges, and whether they increase.
+"""A table of elementwise functions: slopes, ranges, monotonicity.
 
-The one place for such facts. The tests hold each row against `jax.grad` on a grid.
+Each such fact is written once, here. The tests compare each row with `jax.grad` on a grid.
 """
 
 import math
@@ -20,8 +20,8 @@ class Elementwise(NamedTuple):
     Attributes:
         fn: The function, on arrays.
         slope: The largest absolute value of its derivative; infinite if there is none.
-        slope_on: The same on intervals, from their ends, up to rounding; None where it is `slope`
-            on all that matter.
+        slope_on: The same on intervals, from their lower and upper ends, up to rounding; None to
+            use `slope` on every interval.
         increasing: Whether it never decreases.
         decreasing: Whether it never increases.
         even: Whether it is even, and grows with the distance from 0.
@@ -40,25 +40,36 @@ class Elementwise(NamedTuple):
 
 
 def _falling(derivative: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
-    """The slope on intervals for an even derivative that falls with the distance from 0."""
+    """The slope on intervals for an even derivative that falls away from 0.
+
+    The largest derivative is at the point of the interval nearest to 0.
+    """
     return lambda lower, upper: derivative(jnp.clip(0, lower, upper))
 
 
 def _positive(derivative: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
-    """The slope on intervals for a derivative that falls, of a function of positive numbers."""
+    """The slope on intervals for a falling derivative of a function of positive numbers."""
 
-    def slope(lower, upper):
+    def slope(lower: Array, upper: Array) -> Array:
         return jnp.where(lower > 0, derivative(jnp.where(lower > 0, lower, 1)), jnp.inf)
 
     return slope
+
+
+def _of_sigmoid(z: Array) -> Array:
+    return jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)
+
+
+def _of_erf(z: Array) -> Array:
+    return 2 / math.sqrt(math.pi) * jnp.exp(-(z**2))
 
 
 def _magnitude(lower: Array, upper: Array) -> Array:
     return jnp.maximum(jnp.abs(lower), jnp.abs(upper))
 
 
-# The largest slopes that are not closed forms come from a dense search and are rounded up; these
-# slopes have one smooth maximum each.
+# Largest slopes without a closed form were found by a dense search, and rounded up. Each of these
+# derivatives has one smooth maximum, so that the search cannot miss it.
 SELU_SLOPE = 1.75810
 
 _ERF = 2 / math.sqrt(math.pi) * (1 + 2.0**-23)
@@ -66,37 +77,13 @@ _ERF = 2 / math.sqrt(math.pi) * (1 + 2.0**-23)
 TABLE: dict[str, Elementwise] = {
     # Primitives
     "tanh": Elementwise(
-        jnp.tanh,
-        1.0,
-        _falling(lambda z: 4 * jax.nn.sigmoid(2 * z) * jax.nn.sigmoid(-2 * z)),
-        increasing=True,
-        low=-1.0,
-        high=1.0,
+        jnp.tanh, 1.0, _falling(lambda z: 4 * _of_sigmoid(2 * z)), increasing=True, low=-1, high=1
     ),
     "logistic": Elementwise(
-        jax.nn.sigmoid,
-        1 / 4,
-        _falling(lambda z: jax.nn.sigmoid(z) * jax.nn.sigmoid(-z)),
-        increasing=True,
-        low=0.0,
-        high=1.0,
+        jax.nn.sigmoid, 1 / 4, _falling(_of_sigmoid), increasing=True, low=0.0, high=1.0
     ),
-    "erf": Elementwise(
-        jax.lax.erf,
-        _ERF,
-        _falling(lambda z: 2 / math.sqrt(math.pi) * jnp.exp(-(z**2))),
-        increasing=True,
-        low=-1.0,
-        high=1.0,
-    ),
-    "erfc": Elementwise(
-        jax.lax.erfc,
-        _ERF,
-        _falling(lambda z: 2 / math.sqrt(math.pi) * jnp.exp(-(z**2))),
-        decreasing=True,
-        low=0.0,
-        high=2.0,
-    ),
+    "erf": Elementwise(jax.lax.erf, _ERF, _falling(_of_erf), increasing=True, low=-1.0, high=1.0),
+    "erfc": Elementwise(jax.lax.erfc, _ERF, _falling(_of_erf), decreasing=True, low=0.0, high=2.0),
     "atan": Elementwise(
         jnp.arctan,
         1.0,
@@ -160,7 +147,7 @@ TABLE: dict[str, Elementwise] = {
 def integer_power(y: int) -> Elementwise:
     """The row of `x**y`."""
 
-    def slope_on(lower, upper):
+    def slope_on(lower: Array, upper: Array) -> Array:
         if y >= 1:
             return y * _magnitude(lower, upper) ** (y - 1)
         nearest = jnp.clip(0, lower, upper)
@@ -180,11 +167,11 @@ def integer_power(y: int) -> Elementwise:
 
 
 class Parametric(NamedTuple):
-    """Functions of one number and a scalar.
+    """Elementwise functions with a scalar parameter.
 
     Attributes:
         fn: The function, of an array and the scalar.
-        row: What is known of it, for a value of the scalar.
+        row: The row of the table for a value of the scalar.
     """
 
     fn: Callable[[Array, Any], Array]
@@ -192,7 +179,7 @@ class Parametric(NamedTuple):
 
 
 def _parametric(fn: Callable, slope: Callable[[float], float], low: Callable) -> Parametric:
-    def row(scalar):
+    def row(scalar: float) -> Elementwise:
         return Elementwise(
             lambda x: fn(x, scalar), slope(scalar), increasing=scalar > 0, low=low(scalar)
         )
@@ -215,11 +202,11 @@ PARAMETRIC: dict[str, Parametric] = {
         lambda alpha: -alpha if alpha > 0 else -math.inf,
     ),
 }
-"""Functions of jax.nn with a scalar, recognised by their last operation too."""
+"""Functions of jax.nn with a scalar parameter, also recognised by their last operation."""
 
 
 def row(op: Operation) -> Elementwise | None:
-    """The row of a primitive applied to one real signal; None if there is none."""
+    """Look up the row of a primitive that is applied to one signal; None if there is none."""
     if len(op.inputs) != 1 or len(op.signals) != 1 or op.params.keys() & {"jaxpr", "call_jaxpr"}:
         return None
     if op.name == "integer_pow":

@@ -27,12 +27,12 @@ _CALLS = {  # primitives that only call a jaxpr, and the parameter that holds it
 
 
 class Context(NamedTuple):
-    """The handler of a jaxpr's operations, and where the jaxpr is called.
+    """The handler of a jaxpr's operations, and the place from which the jaxpr is called.
 
     Attributes:
         apply: The handler. It takes an operation, the shapes and dtypes of its results, and the
             rule of the registered function that it calls, if any, and returns the results.
-        label: The names of the modules around the call.
+        label: The names of the modules around the call, separated by slashes.
         source: The line of code of the call.
     """
 
@@ -44,18 +44,27 @@ class Context(NamedTuple):
 def interpret(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -> list[Any]:
     """Evaluate a jaxpr on arguments of which some are a `Signal`.
 
-    A result is a `Signal` if it depends on one, and else an array.
+    Operations on arrays alone are evaluated; one on a `Signal` is passed to the handler. Calls,
+    scans and conditions with a known index are entered.
+
+    Args:
+        closed: The jaxpr.
+        args: Its arguments, each an array or a `Signal`.
+        context: The handler of operations on signals.
+
+    Returns:
+        The results, each a `Signal` if it depends on one, and otherwise an array.
     """
     env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     env |= dict(zip(closed.jaxpr.invars, args, strict=True))
 
-    def read(atom):
+    def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
     for eqn in closed.jaxpr.eqns:
         here = context._replace(
             label="/".join(filter(None, [context.label, str(eqn.source_info.name_stack)])),
-            # Inside a function that jax has traced before, the line is that of the call.
+            # JAX caches traces: inside a function traced before, the line of the call is missing.
             source=source_info_util.summarize(eqn.source_info) or context.source,
         )
         results = _evaluate(eqn, [read(atom) for atom in eqn.invars], here)
@@ -66,7 +75,7 @@ def interpret(closed: core.ClosedJaxpr, args: Sequence[Any], context: Context) -
 def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
     known = not any(isinstance(x, Signal) for x in inputs)
-    if not eqn.outvars and not known:  # such as a print, which no output depends on
+    if not eqn.outvars and not known:  # an effect, such as a print: no output depends on it
         return []
     function = None if known or name not in _CALLS else function_rule(eqn)
     if name in _CALLS and function is None:
@@ -91,17 +100,17 @@ def _evaluate(eqn: core.JaxprEqn, inputs: list[Any], context: Context) -> Sequen
 
 
 def _branch(params: Any, index: int) -> core.ClosedJaxpr:
-    """The branch taken by a condition whose index is known."""
+    """The branch that a condition of known index takes."""
     branches, platforms = params["branches"], params.get("branches_platforms")
     if platforms is not None and platforms[-1] is None:
-        return branches[-1]  # the default, which the others must agree with
+        return branches[-1]  # the default; the other platforms' branches must compute the same
     return branches[min(max(index, 0), len(branches) - 1)]
 
 
 def _constants(eqn: core.JaxprEqn, inputs: list[Any]) -> Sequence[Any]:
     """The results of an operation that does not depend on the input."""
 
-    def evaluate():
+    def evaluate() -> Sequence[Any]:
         out = eqn.primitive.bind(*inputs, **eqn.params)
         return out if eqn.primitive.multiple_results else [out]
 
@@ -132,7 +141,8 @@ def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
         carries += carry
         rows.append(row)
     rows = rows[::-1] if params["reverse"] else rows
-    # If each result depends on one row alone, the rows are independent: their constants do not add.
+    # If each row of the results depends on one row of the input alone, and rows share nothing, the
+    # constant of the stack is the largest of theirs rather than the root of the sum of squares.
     shared = [x for x in [*consts, *carries] if isinstance(x, Signal)]
     apart = not shared and sum(isinstance(x, Signal) for x in xs) == 1
     columns = zip(*rows, strict=True)
@@ -142,8 +152,8 @@ def _scan(params: Any, inputs: list[Any], context: Context) -> list[Any]:
 def _row(x: Any, step: int) -> Any:
     if isinstance(x, Signal):
         op = Operation("row", (x,), {"step": step}, x.shape[1:])
-        # Shared with the whole array, so that it is computed once.
-        places = _enclosures(op)
+        # The constant of the whole array, computed once for all rows.
+        places = enclosures(op)
         return Signal(x.shape[1:], x.dtype, lambda: x.scaled, op, op, x.reason, *places)
     return x[step]
 
@@ -156,11 +166,11 @@ def _stacked(column: Sequence[Any], context: Context, *, apart: bool) -> Any:
     op = Operation("stack", tuple(column), {}, shape, context.label, context.source)
     reason = next((s.reason for s in signals if s.reason), "")
     scaled = largest([s.scaled for s in signals]) if apart else constant(op, RULES["stack"])
-    return Signal(shape, signals[0].dtype, scaled, op, op, reason, *_enclosures(op))
+    return Signal(shape, signals[0].dtype, scaled, op, op, reason, *enclosures(op))
 
 
-def _enclosures(op: Operation) -> tuple[Interval | None, Interval | None]:
-    """Bounds of the entries of a result: for all inputs in question, and at the example."""
+def enclosures(op: Operation) -> tuple[Interval | None, Interval | None]:
+    """Enclose the entries of a result: for all inputs in question, and at the example."""
     inputs = [(x.interval, x.centre) if isinstance(x, Signal) else (x, x) for x in op.inputs]
     interval, centre = (intervals.enclosure(op, list(x)) for x in zip(*inputs, strict=True))
     return interval, centre

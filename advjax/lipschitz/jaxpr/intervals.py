@@ -1,9 +1,9 @@
-"""Intervals that the entries of intermediate results lie in, and the slopes of activations there.
+"""Intervals that contain the entries of intermediate results, and the slopes of activations there.
 
 Intervals are propagated entry by entry and rounded outwards, so that they hold for the function in
-exact arithmetic. A linear operation T takes `[m - r, m + r]` to `T m` plus or minus `|T| r`. In
-floating point T m is off by at most gamma(k) |T| |m| for sums of k terms (Higham, 2002, chapter 3),
-and the sum |T| r by gamma(k) of itself.
+exact arithmetic. A linear operation T maps `[m - r, m + r]` to `T m` plus or minus `|T| r`. In
+floating point, T m has an error of at most gamma(k) |T| |m| for sums of k terms (Higham, 2002,
+chapter 3), and |T| r a relative error of gamma(k).
 
 Reference: Gowal et al. (2018) for the propagation of intervals through networks.
 """
@@ -32,22 +32,22 @@ _ORDERED = frozenset(
     ]
 )
 
-_ULPS = 64  # more than elementary functions and a few operations after them are off by
+_ULPS = 64  # more than the error of an elementary function and a few operations after it
 
 
 @known_now
 def enclosure(  # noqa: PLR0911
     op: Operation, inputs: Sequence[Any]
 ) -> Interval | None:
-    """Enclose the entries of the result of an operation.
+    """Enclose the entries of an operation's result.
 
     Args:
-        op: An operation.
-        inputs: For each input of it an `Interval` where it is a signal, or None if that is unknown,
-            and else the array.
+        op: The operation.
+        inputs: For each operand that is a signal its `Interval`, or None if it is unknown; for any
+            other operand the array.
 
     Returns:
-        An `Interval`, or None where nothing is known.
+        An `Interval`, or None if nothing is known.
     """
     known = all(isinstance(x, Interval) for x in inputs if x is None or isinstance(x, Interval))
     if not known or op.params.keys() & {"jaxpr", "call_jaxpr"}:
@@ -82,7 +82,7 @@ def enclosure(  # noqa: PLR0911
 
 
 def _apply(op: Operation, dtype: Any, *values: Any, **params: Any) -> Array:
-    """Apply an operation to other operands, with other parameters and in another precision."""
+    """Apply an operation to other operands, in another precision and with other parameters."""
     # Literals of a jaxpr are numbers, with a dtype or without.
     arrays = [jnp.asarray(v) if hasattr(v, "dtype") else jnp.asarray(v, dtype) for v in values]
     arrays = [v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for v in arrays]
@@ -120,9 +120,9 @@ def _rounded_outwards(low: float, high: float, dtype: Any) -> tuple[Any, Any]:
 
 
 def _between_products(one: Interval, other: Interval, *, same: bool) -> Interval:
-    """Products of entries of two intervals; squares where they are the same entries."""
+    """Enclose the products of entries in two intervals; squares if both are the same entries."""
     ends = [a * b for a in one for b in other]
-    # An infinite end times 0 is no number, and may be anything.
+    # An infinite end times 0 is NaN, which minimum and maximum keep and `_widened` makes infinite.
     lower = functools.reduce(jnp.minimum, ends)
     upper = functools.reduce(jnp.maximum, ends)
     lower, upper = _widened(lower, upper)
@@ -133,9 +133,15 @@ _RANGES = {"softmax": (0.0, 1.0)}
 
 
 def anywhere(signal: Signal, depth: int = 16, found: dict[int, Interval] | None = None) -> Interval:
-    """Enclose the entries of a signal: for any input, if there is no region.
+    """Enclose the entries of a signal: for the inputs in question, or without a region for any.
 
-    It looks back over a few operations only: enough to see a bounded activation.
+    Args:
+        signal: The signal.
+        depth: How many operations to look back: a few are enough to find a bounded activation.
+        found: The intervals found so far, by the identity of the signal.
+
+    Returns:
+        An `Interval`, infinite where nothing is known.
     """
     if signal.interval is not None:
         return signal.interval
@@ -146,7 +152,7 @@ def anywhere(signal: Signal, depth: int = 16, found: dict[int, Interval] | None 
     dtype = jnp.promote_types(signal.dtype, jnp.float32) if is_real else jnp.float32
 
     @known_now
-    def between(low, high):
+    def between(low: float, high: float) -> Interval:
         return _widened(jnp.full(signal.shape, low, dtype), jnp.full(signal.shape, high, dtype))
 
     result = between(-jnp.inf, jnp.inf)
@@ -168,7 +174,7 @@ def _end(value: Any, end: int) -> Any:
 
 
 def _terms(op: Operation) -> int | None:
-    """The number of products summed for an entry of a linear operation; None for any other."""
+    """How many products a linear operation sums for an entry; None for any other operation."""
     if len(op.signals) != 1 or (op.name == "div" and op.signals[0] is not op.inputs[0]):
         return None
     if op.name in ("mul", "div"):
@@ -199,7 +205,7 @@ def _linear(op: Operation, inputs: Sequence[Any], terms: int, apply: Callable) -
     middle = interval.lower / 2 + interval.upper / 2
     radius = jnp.maximum(interval.upper - middle, middle - interval.lower) * (1 + 2 * eps)
 
-    def result(value, magnitudes):
+    def result(value: Array, magnitudes: bool) -> Array:
         others = (jnp.abs(x) if magnitudes else x for x in inputs if x is not interval)
         return apply(*(value if x is interval else next(others) for x in inputs), **accurate)
 
@@ -217,7 +223,7 @@ def _widened(
     scale: Array | float = 0.0,
     ulps: int = 4,
 ) -> Interval:
-    """Round an interval outwards; an end that is NaN, as from infinite ends, becomes infinite."""
+    """Round an interval outwards; an end that is NaN, as `inf - inf` is, becomes infinite."""
     eps = float(jnp.finfo(lower.dtype).eps)
     tiny = float(jnp.finfo(lower.dtype).tiny)
     down = ulps * eps * (jnp.abs(lower) + jnp.abs(scale) + absolute) + tiny
@@ -236,7 +242,7 @@ def intersection(one: Interval, other: Interval) -> Interval:
 
 @known_now
 def widened_by(interval: Interval, distance: Float[ArrayLike, "..."]) -> Interval:
-    """Widen an interval by a distance on either side, entry by entry."""
+    """Widen an interval by a distance on both sides, entry by entry."""
     distance = jnp.asarray(distance, interval.lower.dtype)
     return _widened(interval.lower - distance, interval.upper + distance, scale=distance)
 

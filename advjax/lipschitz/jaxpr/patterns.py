@@ -1,12 +1,12 @@
 """Functions that are Lipschitz although the operations that they consist of are not.
 
-GELU multiplies two functions of its input; softmax divides by one. Each is recognised at its last
-operation, by comparing the operations before it with those of the function.
+GELU is a product of two functions of its input, and softmax a quotient. Each is recognised at its
+last operation, by comparing the operations before it with those of the function.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,22 @@ from jaxtyping import Array
 
 from advjax.lipschitz.jaxpr import elementwise
 from advjax.lipschitz.jaxpr.interpreter import Context, interpret
+from advjax.lipschitz.jaxpr.rules import Rule
 from advjax.lipschitz.jaxpr.values import Operation, Signal, concrete
 
 Found = tuple[Operation, float] | None
 
 
 def match(op: Operation, like: Any) -> Found:
-    """Find the function that an operation completes: as an operation with its gain, or None."""
+    """Find the function that an operation completes.
+
+    Args:
+        op: The operation.
+        like: The shape and dtype of its result.
+
+    Returns:
+        The function as an operation on its one argument, with its Lipschitz constant; or None.
+    """
     complex_numbers = any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in op.signals)
     if complex_numbers or not jnp.issubdtype(like.dtype, jnp.floating):
         return None
@@ -41,10 +50,9 @@ def _as(op: Operation, name: str, signal: Signal, gain: float) -> Found:
 
 _FUNCTIONS: dict[str, tuple[Callable, tuple[float, ...]]] = {
     **{
-        name: (elementwise.TABLE[name].fn, ())
-        for name in (
-            *("gelu", "gelu_tanh", "silu", "mish", "softplus", "selu", "hard_tanh", "soft_sign"),
-        )
+        name: (row.fn, ())
+        for name, row in elementwise.TABLE.items()
+        if not hasattr(jax.lax, f"{name}_p")
     },
     **{name: (function.fn, (0.5,)) for name, function in elementwise.PARAMETRIC.items()},
 }
@@ -73,14 +81,14 @@ def _elementwise(op: Operation, like: Any) -> Found:
 
 @functools.lru_cache(maxsize=1024)
 def _reference(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Signal, list[Signal]]:
-    """The function traced to signals: its result and its arguments."""
+    """Trace a function to signals: its result and its arguments."""
     function, scalars = _FUNCTIONS[name]
     closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, dtype), *scalars)
     leaves = [Signal(v.aval.shape, v.aval.dtype, 1.0) for v in closed.jaxpr.invars]
 
-    def record(op, avals, function_rule):
-        passes = op.name == "copy" or (op.name == "convert_element_type" and not op.shape)
-        if passes:  # as where the scalar is a number that is converted while it is traced
+    def record(op: Operation, avals: Sequence[Any], function_rule: Rule | None) -> Sequence[Any]:
+        # A program in which the scalar is a constant has no conversion of it.
+        if op.name == "copy" or (op.name == "convert_element_type" and not op.shape):
             return op.inputs
         return [Signal(a.shape, a.dtype, math.inf, op) for a in avals]
 
@@ -88,7 +96,16 @@ def _reference(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Signal, l
 
 
 def _unify(reference: Any, value: Any, bindings: dict[int, Any]) -> dict[int, Any] | None:
-    """Match a value with a reference; the bindings of its arguments, or None without a match."""
+    """Match a value with a reference, both traced programs.
+
+    Args:
+        reference: The result of the function to recognise, or an intermediate result of it.
+        value: What may be the same in the program at hand.
+        bindings: The arguments of the function that have been found, by their identity.
+
+    Returns:
+        The bindings with those of this value; None if it does not match.
+    """
     if not isinstance(reference, Signal):
         same = not isinstance(value, Signal) and concrete(value) and _equal(reference, value)
         return bindings if same else None
@@ -131,7 +148,7 @@ def _equal_params(one: Any, other: Any) -> bool:
     )
 
 
-# Softmax and its relatives: unchanged, or moved along, by a shift of all entries of a group
+# Softmax and its relatives, in which a shift of all entries of a group cancels or is added again
 
 
 def _softmax(op: Operation) -> Found:
@@ -185,7 +202,7 @@ def _log_sum_exp(op: Operation) -> Found:
 
 
 def _copies(op: Operation, y: Signal, axes: tuple[int, ...]) -> float:
-    """The norm of the broadcast of a sum of y along the axes to the shape of a result."""
+    """The norm of broadcasting a sum over axes of y to the result's shape: the root of copies."""
     sums = y.size // max(math.prod(y.shape[a] for a in axes), 1)
     return math.sqrt(math.prod(op.shape) / max(sums, 1))
 
@@ -193,7 +210,7 @@ def _copies(op: Operation, y: Signal, axes: tuple[int, ...]) -> float:
 def _exponentials(
     log: Signal, dims: tuple[int, ...]
 ) -> tuple[Signal, tuple[int, ...], tuple[int, ...]] | None:
-    """The y and the axes of `log(sum(exp(y)))`, and the result's axes for those that remain."""
+    """Find y and the axes of `log(sum(exp(y)))`, and the places of its other axes in the result."""
     if not log.made_by("log"):
         return None
     total, dims = _peeled(log.inputs[0], dims)
@@ -205,7 +222,7 @@ def _exponentials(
 
 
 def _unshifted(y: Signal, axes: tuple[int, ...]) -> tuple[Signal, Signal | None]:
-    """The x of `y = x - shift` where the shift is the same along the axes, and the shift."""
+    """Split `y = x - shift` if the shift is constant along the axes; else return y and None."""
     if y.made_by("sub") and len(y.signals) == 2:
         x, shift = y.inputs
         inner, dims = _peeled(shift)
@@ -216,11 +233,12 @@ def _unshifted(y: Signal, axes: tuple[int, ...]) -> tuple[Signal, Signal | None]
 
 
 def _same(spread: Signal, shift: Signal, y: Signal, axes: tuple[int, ...], dims: tuple) -> bool:
-    """Whether two broadcasts, along the axes and like the sum over them, are of the same shift."""
+    """Whether the shift subtracted before the sum over axes is the one added after it."""
     (one, where), (other, there) = _peeled(spread), _peeled(shift)
     kept = [a for a in range(len(y.shape)) if a not in axes]
 
-    def varying(places, sizes):  # an axis of size 1 may have been kept or left out
+    def varying(places: Sequence[int], sizes: Sequence[int]) -> list[int]:
+        # An axis of size 1 may have been kept or left out.
         return [place for place, size in zip(places, sizes, strict=True) if size != 1]
 
     sizes = [y.shape[a] for a in kept]
@@ -232,7 +250,7 @@ def _same(spread: Signal, shift: Signal, y: Signal, axes: tuple[int, ...], dims:
 
 
 def _peeled(signal: Signal, dims: tuple[int, ...] | None = None) -> tuple[Signal, tuple[int, ...]]:
-    """The signal that another is a broadcast of, and the axes that its axes became."""
+    """Undo broadcasts: the signal that was broadcast, and where its axes are in the result."""
     dims = tuple(range(len(signal.shape))) if dims is None else dims
     while signal.made_by("broadcast_in_dim", "stop_gradient"):
         if signal.made_by("broadcast_in_dim"):
@@ -242,7 +260,7 @@ def _peeled(signal: Signal, dims: tuple[int, ...] | None = None) -> tuple[Signal
 
 
 def _summed(total: Signal, terms: Signal) -> tuple[int, ...] | None:
-    """The axes along which `total` is the sum of `terms`, broadcast back; else None."""
+    """The axes that `terms` is summed over to make `total`, broadcast back; None if it is not."""
     total, dims = _peeled(total)
     if not total.made_by("reduce_sum") or total.inputs[0] is not terms:
         return None
@@ -250,11 +268,11 @@ def _summed(total: Signal, terms: Signal) -> tuple[int, ...] | None:
     return axes if dims == tuple(a for a in range(len(terms.shape)) if a not in axes) else None
 
 
-# Normalisation by the neighbours
+# Local response normalisation
 
 
 def _normalisation(op: Operation) -> Found:
-    """`x / (k + a S(x^2))^b` where S sums over windows that contain their centre, or groups.
+    """`x / (k + a S(x^2))^b`, where S sums over windows that contain their centre, or over groups.
 
     With D = k + a S(x^2) the Jacobian is diag(D^-b) - B, B_ij = 2 a b x_i x_j D_i^(-b-1) for j in
     the window of i. For groups that do not overlap it is symmetric with norm k^-b if b <= 1. In
@@ -285,7 +303,7 @@ def _normalised(k: float, beta: float, windows: int) -> float:
 def _power(
     factor: Signal, dims: tuple[int, ...], sign: int
 ) -> tuple[Signal, tuple[int, ...], float] | None:
-    """The base and, times the sign, the exponent of a positive power."""
+    """The base and the exponent of a power, the exponent times the sign; None if not positive."""
     if factor.made_by("sqrt", "rsqrt"):
         beta = 0.5 if factor.made_by("sqrt") else -0.5
     elif factor.made_by("integer_pow"):
@@ -327,7 +345,7 @@ def _windows(base: Signal, dims: tuple[int, ...], x: Signal) -> tuple[float, int
 def _with_scalar(
     signal: Signal, dims: tuple[int, ...]
 ) -> tuple[Signal, tuple[int, ...], float | None]:
-    """The operand of a signal that depends on the input, and the number that is the other one."""
+    """Split an operation on a signal and a number: the signal, its axes, and the number."""
     (inner,) = signal.signals
     (other,) = (value for value in signal.inputs if value is not inner)
     return (*_peeled(inner, dims), _scalar(other))

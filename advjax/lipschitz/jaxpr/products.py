@@ -1,4 +1,4 @@
-"""Products with constant kernels, as they are written in a jaxpr: dense layers and convolutions."""
+"""Dense layers and convolutions as a jaxpr writes them: products with constant kernels."""
 
 import math
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ Layer = Product | Window
 
 
 def product(op: Operation) -> Layer:
-    """The layers that an operation is, which see different inputs: one, with a stack of kernels."""
+    """Return a product as one layer whose kernel has a leading axis, of layers side by side."""
     if op.name == "conv_general_dilated":
         window = convolution(op)
         return window._replace(kernel=window.kernel[None])
@@ -62,9 +62,9 @@ def _dot_general(op: Operation) -> Product:
     kernel = jnp.transpose(kernel, (*batched, *contracted, *free))
     rows = math.prod(kernel.shape[len(batched) : len(batched) + len(contracted)])
     blocks = math.prod(kernel.shape[: len(batched)])
-    # The axes that only the signal has repeat the product, which does not change the norm.
+    # Along axes that only the signal has, the product is repeated, which does not change the norm.
     kernel = kernel.reshape(blocks, rows, -1)
-    if jnp.iscomplexobj(kernel):  # as a real matrix, of real and imaginary parts
+    if jnp.iscomplexobj(kernel):  # the real matrix that acts on real and imaginary parts
         upper = jnp.concatenate([kernel.real, kernel.imag], 2)
         lower = jnp.concatenate([-kernel.imag, kernel.real], 2)
         kernel = jnp.concatenate([upper, lower], 1)
@@ -72,7 +72,7 @@ def _dot_general(op: Operation) -> Product:
 
 
 def convolution(op: Operation) -> Window:
-    """The convolution that an operation is; NotLipschitzError if it is another function."""
+    """Return an operation as a convolution; NotLipschitzError if it is not linear in its input."""
     params = op.params
     signal = op.inputs[0]
     if isinstance(op.inputs[1], Signal):
@@ -80,7 +80,7 @@ def convolution(op: Operation) -> Window:
     if params["batch_group_count"] != 1:
         raise NotLipschitzError("batch_group_count is not supported", OWN_FUNCTION)
     lhs, rhs, out = params["dimension_numbers"]
-    # Zeros put between the pixels leave the norm of the image as it is.
+    # Zeros between the pixels do not change the norm of the image.
     size = [
         max((signal.shape[axis] - 1) * d + 1, 0)
         for axis, d in zip(lhs[2:], params["lhs_dilation"], strict=True)

@@ -1,14 +1,14 @@
 """The table of rules: how each primitive acts on Lipschitz constants.
 
-A rule takes an `Operation` and returns a constant, in L2, that holds for each of its results, or a
-list with one for each (or the error that tells why it has none). Where it returns the very constant
-of an input, the operation is not listed as a layer. The rules here are homogeneous: with all
-constants multiplied by a factor, so is what they return.
+A rule takes an `Operation` and returns its Lipschitz constant, in L2: one for all of its results,
+or a list with one for each (or the error that says why there is none). If it returns the very
+object that is an input's constant, the operation is not listed as a layer. The rules here are
+homogeneous: if all constants are multiplied by a factor, so is what they return.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,38 +31,38 @@ from advjax.lipschitz.jaxpr.values import (
 
 Rule = Callable[[Operation], Any]
 
-ROUNDING = 1 + 2.0**-20  # more than the few roundings of one rule, in float32
+ROUNDING = 1 + 2.0**-20  # more than the error of the few float32 roundings of one rule
 
 RULES: dict[str, Rule] = {}
 FUNCTION_RULES: dict[Callable, Rule] = {}
 
 
 _BOUNDED = (
-    "Bound the function in a `box` or within a `radius`, or keep what it is computed from bounded, "
-    "as by jnp.tanh or jnp.clip; or put what it is a part of in a function under jax.jit and tell "
-    "that function's constant with lipschitz.register_rule."
+    "Bound the function in a `box` or within a `radius`, or bound its operands with jnp.tanh or "
+    "jnp.clip; or wrap the code around it in a function under jax.jit and register that function's "
+    "constant with lipschitz.register_rule."
 )
 
 
 def register_rule(operation: str | Callable, rule: Rule) -> None:
-    """Tell `bound` how an operation acts on Lipschitz constants.
+    """Register how an operation acts on Lipschitz constants.
 
-    The rule is trusted: the bound is as right as it is. For an elementwise function of slope at
-    most 2, say:
+    The rule is trusted: a wrong rule makes a wrong bound. For an elementwise function of slope at
+    most 2:
 
         register_rule("my_primitive", lambda op: 2 * op.inputs[0].constant)
 
     Args:
-        operation: The name of a primitive as the error message gives it; or a function, which is
-            then not looked into. The function must be called under `jax.jit` (or be a
-            `jax.custom_jvp`), since nothing else leaves a trace of it. It is recognised by the
-            program that it is traced to for the arrays that it is called with, by itself or under
-            one `jax.vmap` over all of them: another function of the same name has another program.
-            A function with static arguments is not recognised; put it in one without.
-        rule: From an `Operation` to a Lipschitz constant of its results with respect to the
-            input of the whole function, made from `op.inputs`, each a `Signal` with its `constant`
-            or an array; or to a list with a constant for each result. It replaces a rule that is
-            there.
+        operation: The name of a primitive as the error message gives it; or a function, whose
+            operations are then not looked at. The function must be called under `jax.jit` (or be a
+            `jax.custom_jvp`), as no other call shows in a jaxpr. It is recognised by its jaxpr for
+            the arrays that it is called with, by itself or under one `jax.vmap` over all of them,
+            so that another function of the same name is not mistaken for it. A function with
+            static arguments is not recognised; wrap it in one without.
+        rule: Maps an `Operation` to the Lipschitz constant of its results with respect to the
+            input of the whole function, or to a list with a constant for each result. It computes
+            this from `op.inputs`, each an array or a `Signal` with its `constant`. It replaces any
+            earlier rule.
 
     Raises:
         TypeError: If `operation` is neither a string nor a named function.
@@ -78,8 +78,8 @@ def register_rule(operation: str | Callable, rule: Rule) -> None:
         )
     if name == "<lambda>":
         raise TypeError(
-            "operation: a lambda, expected a named function; a rule belongs to one function, which "
-            "errors and breakdowns call by its name: write it with `def` and put it under jax.jit."
+            "operation: a lambda, expected a named function, as errors and breakdowns call it by "
+            "its name; write it with `def` and put it under jax.jit."
         )
     is_traced = hasattr(operation, "trace") or isinstance(
         operation, jax.custom_jvp | jax.custom_vjp
@@ -97,16 +97,16 @@ def function_rule(eqn: core.JaxprEqn) -> tuple[str, Rule] | None:
 
 
 def _calls(eqn: core.JaxprEqn, function: Callable) -> bool:
-    """Whether an equation is what tracing a function for the same operands gives.
+    """Whether an equation is a call of the function: tracing it for the same operands gives it.
 
-    Names tell nothing: `vmap`, `grad` and closures all make other functions of the same name.
+    The name proves nothing: `vmap`, `grad` and closures all make other functions of the same name.
     """
     avals: list[Any] = [v.aval for v in eqn.invars]
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
     for traced in (function, jax.vmap(function)):
         try:
             eqns = jax.make_jaxpr(traced)(*like).jaxpr.eqns
-        except Exception:  # whatever a function may raise for arrays that were not meant for it
+        except Exception:  # a function may raise anything for operands it was not written for
             continue
         if len(eqns) == 1 and _same_equation(eqns[0], eqn):
             return True
@@ -127,7 +127,7 @@ def _same_equation(one: core.JaxprEqn, other: core.JaxprEqn) -> bool:
 
 
 def _same_value(one: Any, other: Any) -> bool:  # noqa: PLR0911
-    """Whether two parameters or constants are the same; False where that cannot be told."""
+    """Whether two parameters or constants are the same; False if this cannot be decided."""
     if one is other:
         return True
     if isinstance(one, core.ClosedJaxpr) and isinstance(other, core.ClosedJaxpr):
@@ -157,7 +157,7 @@ def _same_program(one: core.Jaxpr, other: core.Jaxpr) -> bool:
     """Whether two jaxprs have the same operations on the same variables."""
     numbers: tuple[dict, dict] = {}, {}
 
-    def same_atoms(these, those):
+    def same_atoms(these: Sequence[Any], those: Sequence[Any]) -> bool:
         if len(these) != len(those):
             return False
         for pair in zip(these, those, strict=True):
@@ -190,8 +190,19 @@ def _same_program(one: core.Jaxpr, other: core.Jaxpr) -> bool:
 def constants(layer: Operation, rule: Rule, results: int = 1) -> list[Scaled | NotLipschitzError]:
     """Compute the constants of an operation's results by its rule, rounded up.
 
-    The rules of this module see all constants divided by the same power of two, so that nothing
-    that they compute underflows.
+    A homogeneous rule is given all constants divided by the same power of two, so that nothing that
+    it computes underflows.
+
+    Args:
+        layer: The operation.
+        rule: Its rule.
+        results: The number of its results.
+
+    Returns:
+        For each result a constant, or the error that says why there is none.
+
+    Raises:
+        NotLipschitzError: If the rule raises it.
     """
     signals = {id(s): s for s in layer.signals}
     exponent: int | Array = 0
@@ -204,7 +215,7 @@ def constants(layer: Operation, rule: Rule, results: int = 1) -> list[Scaled | N
     found = rule(layer)
     values = found if isinstance(found, list | tuple) else [found] * results
 
-    def rounded_up(value):
+    def rounded_up(value: Any) -> Scaled | NotLipschitzError:
         if isinstance(value, NotLipschitzError):
             return value
         for key, signal in seen.items():
@@ -216,7 +227,7 @@ def constants(layer: Operation, rule: Rule, results: int = 1) -> list[Scaled | N
 
 
 def constant(layer: Operation, rule: Rule) -> Scaled:
-    """Compute the constant of the one result of an operation by its rule, rounded up."""
+    """Compute the constant of an operation with one result; NotLipschitzError if it has none."""
     found = constants(layer, rule)[0]
     if isinstance(found, NotLipschitzError):
         raise found
@@ -230,17 +241,17 @@ def homogeneous(rule: Rule) -> Rule:
 
 
 def _only(op: Operation, allowed: slice = slice(1)) -> Signal:
-    """The one operand that depends on the input, which must be one of the allowed operands."""
+    """The one operand that depends on the input; NotLipschitzError if it is not an allowed one."""
     rest = op.signals
     if len(rest) != 1 or not any(x is rest[0] for x in op.inputs[allowed]):
         raise NotLipschitzError(
-            "more than its operand depends on the input of the function", OWN_FUNCTION
+            "an operand other than its first depends on the input of the function", OWN_FUNCTION
         )
     return rest[0]
 
 
 def _gain(factor: float) -> Rule:
-    def rule(op):
+    def rule(op: Operation) -> Scalar:
         constant = _only(op).constant
         return constant if factor == 1 else factor * constant
 
@@ -271,7 +282,7 @@ def _sum(op: Operation) -> Scalar:
 
 
 def _joint(op: Operation) -> Scalar:
-    """Each entry of the result is an entry of one operand, or 1-Lipschitz in all of them."""
+    """The rule of an operation whose entries are each 1-Lipschitz in the operands' entries."""
     return _hypot(*(_spread(op, signal) for signal in op.signals))
 
 
@@ -294,7 +305,7 @@ def _div(op: Operation) -> Scalar:
     """A product with `1 / y`, whose slope is `1 / y^2`."""
     numerator, denominator = op.inputs
     if not isinstance(denominator, Signal):
-        return _spread(op, numerator) * _largest_inverse(denominator)
+        return _spread(op, numerator) * _largest(denominator, inverse=True)
     distance = _distance_from_zero(intervals.anywhere(denominator))
     if concrete(distance) and float(distance) == 0:
         raise NotLipschitzError(
@@ -318,35 +329,27 @@ def _largest_of(value: Any) -> Scalar:
 
 
 def _magnitude(signal: Signal, why: str) -> Scalar:
-    """The largest magnitude of the entries of a signal; an error if that has no bound."""
+    """The largest magnitude of the entries of a signal; NotLipschitzError if it has no bound."""
     lower, upper = map(_largest, intervals.anywhere(signal))
     if isinstance(lower, float) and isinstance(upper, float):
         found: Scalar = max(lower, upper)
     else:
         found = jnp.maximum(lower, upper)
     if concrete(found) and not np.isfinite(found):
-        raise NotLipschitzError(f"{why}, and can be of any size", _BOUNDED)
+        raise NotLipschitzError(f"{why}, and is not bounded", _BOUNDED)
     return found
 
 
-def _largest(array: Array) -> Scalar:
-    if concrete(array):
-        with jax.ensure_compile_time_eval():
-            # First the magnitudes, which are real, and then float64, which has them all.
-            return float(np.max(np.abs(np.asarray(array)).astype(np.float64), initial=0))
-    magnitudes = jnp.abs(array)
-    dtype = jnp.promote_types(magnitudes.dtype, jnp.float32)
-    return jnp.max(magnitudes.astype(dtype), initial=0)
-
-
-def _largest_inverse(array: Array) -> Scalar:
+def _largest(array: Array, *, inverse: bool = False) -> Scalar:
+    """The largest magnitude of the entries, or of their inverses."""
     if concrete(array):
         with jax.ensure_compile_time_eval(), np.errstate(divide="ignore"):
-            magnitudes = np.abs(np.asarray(array)).astype(np.float64)
-            return float(np.max(1 / magnitudes, initial=0))
+            # The magnitudes are real even of complex numbers, and float64 represents all of them.
+            known = np.abs(np.asarray(array)).astype(np.float64)
+            return float(np.max(1 / known if inverse else known, initial=0))
     magnitudes = jnp.abs(array)
-    dtype = jnp.promote_types(magnitudes.dtype, jnp.float32)
-    return jnp.max(1 / magnitudes.astype(dtype), initial=0)
+    magnitudes = magnitudes.astype(jnp.promote_types(magnitudes.dtype, jnp.float32))
+    return jnp.max(1 / magnitudes if inverse else magnitudes, initial=0)
 
 
 def _broadcast(op: Operation) -> Scalar:
@@ -361,7 +364,8 @@ def _reduce_sum(op: Operation) -> Scalar:
 def _convert(op: Operation) -> Scalar:
     new = jnp.dtype(op.params["new_dtype"])
     if jnp.issubdtype(new, jnp.inexact) and new.itemsize > 1:
-        # Rounding to 16 bits or more is that of the arithmetic, which bounds leave out.
+        # The bound is that of exact arithmetic, which leaves out rounding to 16 bits or more. An
+        # 8-bit number is rather a quantisation on purpose.
         return _only(op).constant
     raise NotLipschitzError(f"rounding to {new} is not continuous", OWN_FUNCTION)
 
@@ -375,7 +379,7 @@ def _reduce_precision(op: Operation) -> Scalar:
 
 
 def _elementwise(op: Operation) -> Scalar:
-    """A function of the table: its largest slope, anywhere or where its operand lies."""
+    """A function of the table: its largest slope, for any input or on its operand's interval."""
     row = elementwise.row(op)
     signal = _only(op)
     assert row is not None
@@ -383,18 +387,18 @@ def _elementwise(op: Operation) -> Scalar:
     if not math.isfinite(slope):
         slope = _largest(intervals.slope_on(row, intervals.anywhere(signal)))
         if concrete(slope) and not np.isfinite(slope):
-            raise NotLipschitzError("its slope has no bound", _BOUNDED)
+            raise NotLipschitzError("its slope is not bounded", _BOUNDED)
     is_one = isinstance(slope, float) and slope == 1
     return signal.constant if is_one else slope * signal.constant
 
 
 def _sort(op: Operation) -> list[Scalar | NotLipschitzError]:
-    """Sorted keys are 1-Lipschitz; the order in which they put other operands jumps."""
+    """Sorted keys are 1-Lipschitz; operands that are sorted along with them jump."""
     keys = op.inputs[: op.params["num_keys"]]
     if not any(isinstance(key, Signal) for key in keys):
         return [x.constant if isinstance(x, Signal) else 0.0 for x in op.inputs]
     first = keys[0].constant if isinstance(keys[0], Signal) else 0.0
-    moved = NotLipschitzError("where an entry is put jumps with what is sorted", OWN_FUNCTION)
+    moved = NotLipschitzError("entries sorted by another operand jump", OWN_FUNCTION)
     return [first, *[moved] * (len(op.inputs) - 1)]
 
 
@@ -406,7 +410,7 @@ def _select(op: Operation) -> Scalar:
 
 
 def _transform(op: Operation) -> Scalar:
-    """A discrete Fourier transform. All but two entries of half a spectrum count twice."""
+    """A discrete Fourier transform. In half a spectrum all but two entries stand for two."""
     length = math.prod(op.params["fft_lengths"])
     kind = jax.lax.FftType(op.params["fft_type"]).name
     norms = {
@@ -435,7 +439,7 @@ def bilinear(op: Operation) -> Scalar:
 
 @known_now
 def _length(interval: Interval, batched: tuple[int, ...]) -> Float[Array, ""]:
-    """The largest L2 norm of entries in an interval, over the positions along the batched axes."""
+    """The largest L2 norm of entries in an interval, over all positions along the batch axes."""
     magnitudes = jnp.maximum(jnp.abs(interval.lower), jnp.abs(interval.upper))
     largest = jnp.max(magnitudes, initial=0)
     # Scaled, so that no square underflows or overflows.
@@ -462,7 +466,14 @@ def _windows(op: Operation) -> list[np.ndarray]:
     ]
 
 
-def _window(size, window, stride, padding, base_dilation, dilation):
+def _window(
+    size: int,
+    window: int,
+    stride: int,
+    padding: tuple[int, int],
+    base_dilation: int,
+    dilation: int,
+) -> Float[np.ndarray, "positions windows"]:
     low, high = padding
     span = (size - 1) * base_dilation + 1
     outs = max((span + low + high - (window - 1) * dilation - 1) // stride + 1, 0)
@@ -474,7 +485,8 @@ def _window(size, window, stride, padding, base_dilation, dilation):
 
 
 def _max_pool(op: Operation) -> Scalar:
-    # A result changes by at most the largest change in its window.
+    # A result changes by at most the largest change in its window, and an entry is in at most
+    # `overlap` windows: the squares of the changes are counted as often.
     overlap = math.prod(w.sum(1).max(initial=0) for w in _windows(op))
     constant = _only(op).constant
     return constant if overlap <= 1 else math.sqrt(overlap) * constant
@@ -493,11 +505,11 @@ def _cumsum(op: Operation) -> Scalar:
 
 
 def _gather(op: Operation) -> Scalar:
-    """Every index makes a copy of an entry: the norm is the root of the most copies."""
+    """Every index copies an entry: the norm is the root of the largest number of copies."""
     signal, *indices = op.inputs
     _only(op)
 
-    def gather(x):
+    def gather(x: Array) -> Array:
         return jax.lax.gather_p.bind(x, *indices, **op.params)
 
     like = jax.ShapeDtypeStruct(signal.shape, jnp.float32)
@@ -544,7 +556,7 @@ RULES |= {
 
 _HOMOGENEOUS = frozenset(RULES.values())
 
-# What is linear, or else Lipschitz, in complex numbers too.
+# Operations whose rule also holds for complex numbers.
 _LINEAR_IN_COMPLEX = """
     abs add add_any broadcast_in_dim complex concatenate conj convert_element_type copy copy_p
     cumsum div dot_general dynamic_slice fft gather imag mul neg optimization_barrier pad real

@@ -1,7 +1,7 @@
-"""Positive numbers that neither overflow nor underflow: Lipschitz constants on the way.
+"""Nonnegative numbers that neither overflow nor underflow, for intermediate Lipschitz constants.
 
-A product of constants may leave float32 although the constant of the whole function does not, as
-that of `x * s * s / s / s` for s = 1e-30. A constant that underflowed to 0 would be no bound.
+An intermediate constant may leave the range of float32 although that of the whole function does
+not, as in `x * s * s / s / s` for s = 1e-30. A constant that underflows to 0 is not a bound.
 """
 
 import functools
@@ -18,7 +18,7 @@ Scalar = Float[Array, ""] | float
 
 _TINY = float(np.finfo(np.float32).tiny)
 _SMALLEST = -120  # a power of two that is negligible beside 1 and normal in float32
-_OF_ZERO = -(2**16)  # the exponent of 0, so that it is never the largest of several
+_OF_ZERO = -(2**16)  # the exponent of 0: so small that 0 never sets the scale of several numbers
 
 
 class Scaled(NamedTuple):
@@ -34,7 +34,7 @@ class Scaled(NamedTuple):
 
 
 def scaled(value: Scalar, exponent: int | Int[Array, ""] = 0) -> Scaled:
-    """Return `value * 2**exponent`; infinite where the value is not a number."""
+    """Return `value * 2**exponent`; infinite where the value is NaN."""
     if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
         value = float(value)
     if isinstance(value, jax.Array):
@@ -59,20 +59,20 @@ def unscaled(number: Scaled) -> Scalar:
     if isinstance(mantissa, float) and isinstance(exponent, int):
         if mantissa == 0 or math.isinf(mantissa):
             return mantissa
-        # Infinite beyond the precision that it will be converted to, rather than with a warning.
+        # Infinite beyond the range of the dtype it will be converted to: the conversion would warn.
         if exponent >= jnp.finfo(jnp.result_type(float)).maxexp:
             return math.inf
         return max(math.ldexp(mantissa, exponent), _TINY)
     mantissa = _as_array(mantissa)
     info = jnp.finfo(mantissa.dtype)
-    # Clipped from below, which makes it larger.
+    # Clipping the exponent from below rounds up.
     value = _times_power(mantissa, jnp.clip(exponent, info.minexp, info.maxexp - 1))
     beyond = (exponent >= info.maxexp) & (mantissa > 0)
     return jnp.where(beyond, jnp.inf, value)
 
 
 def aligned(number: Scaled, exponent: int | Int[Array, ""]) -> Scalar:
-    """Return `number / 2**exponent`, for an exponent that is no smaller; never rounded down."""
+    """Return `number / 2**exponent` for an exponent of at least its own; never rounded down."""
     if isinstance(number.exponent, int) and isinstance(exponent, int):
         return number.mantissa * 2.0 ** max(number.exponent - exponent, _SMALLEST)
     power = jnp.maximum(jnp.asarray(number.exponent - exponent), _SMALLEST)
@@ -80,7 +80,7 @@ def aligned(number: Scaled, exponent: int | Int[Array, ""]) -> Scalar:
 
 
 def highest(numbers: Sequence[Scaled]) -> int | Int[Array, ""]:
-    """Return the largest exponent of numbers; 0 of none."""
+    """Return the largest exponent of several numbers; 0 if there are none."""
     exponents = [number.exponent for number in numbers]
     if all(isinstance(exponent, int) for exponent in exponents):
         return max(exponents, default=0)
@@ -101,13 +101,13 @@ def _as_array(value: Scalar) -> Float[Array, ""]:
 
 
 def _times_power(value: Float[Array, ""], power: Int[Array, ""]) -> Float[Array, ""]:
-    """`value * 2**power`, in two steps, each of which has a normal power of two."""
+    """`value * 2**power`, in two steps, as the power itself may be out of range."""
     half = power // 2
     return value * _power(half, value.dtype) * _power(power - half, value.dtype)
 
 
 def _power(power: Int[Array, ""], dtype: jnp.dtype) -> Float[Array, ""]:
-    """`2**power`, exactly, by its bits."""
+    """`2**power`, made from its bits to be exact."""
     info = jnp.finfo(dtype)
     integers = {32: jnp.int32, 64: jnp.int64}[info.bits]
     bits = (jnp.asarray(power, integers) + (1 - info.minexp)) << info.nmant

@@ -1,4 +1,4 @@
-"""The values that the interpreter computes with: what is known of an intermediate result."""
+"""The values of the interpreter: intermediate results with their constants and intervals."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ class NotLipschitzError(ValueError):
     """An operation has no Lipschitz constant that holds for every input, or none is known.
 
     Attributes:
-        remedy: What would help; by default a rule of one's own.
+        remedy: A suggested fix; by default to register a rule.
     """
 
     def __init__(self, message: str, remedy: str = ""):
@@ -25,8 +25,8 @@ class NotLipschitzError(ValueError):
 
 
 OWN_FUNCTION = (
-    "Put what it is a part of in a function under jax.jit and tell that function's constant with "
-    "lipschitz.register_rule."
+    "Wrap the code around it in a function under jax.jit and register that function's constant "
+    "with lipschitz.register_rule."
 )
 """The remedy for an operation that is Lipschitz only as a part of something larger."""
 
@@ -72,11 +72,12 @@ class Signal:
         dtype: Its dtype.
         bound: Its Lipschitz constant with respect to the input, infinite if none is known; or a
             function that computes the constant when it is needed.
-        operation: The operation that made it, as written; None for the input itself.
-        layer: The function that this operation completes, such as a softmax; else the operation.
+        operation: The operation that computed it; None for the input itself.
+        layer: The function that this operation completes, such as a softmax; otherwise the
+            operation.
         reason: Why the constant is infinite.
         interval: Bounds of its entries for the inputs in question; None if unknown.
-        centre: Bounds of its entries at the example inputs alone.
+        centre: Bounds of its entries at the example inputs; None if unknown.
     """
 
     shape: tuple[int, ...]
@@ -90,13 +91,13 @@ class Signal:
 
     @functools.cached_property
     def scaled(self) -> Scaled:
-        """The Lipschitz constant, which may be too small or too large for a number in float32."""
+        """The Lipschitz constant, even where it is too small or too large for float32."""
         bound = self.bound() if callable(self.bound) else self.bound
         return bound if isinstance(bound, Scaled) else scaled(bound)
 
     @functools.cached_property
     def constant(self) -> Scalar:
-        """The Lipschitz constant."""
+        """The Lipschitz constant in floating point, rounded up."""
         return unscaled(self.scaled)
 
     def with_constant(self, constant: Scalar) -> "Signal":
@@ -112,7 +113,7 @@ class Signal:
 
     @property
     def inputs(self) -> tuple[Any, ...]:
-        """The operands of the operation that made it."""
+        """The operands of the operation that computed it."""
         return self.operation.inputs if self.operation else ()
 
     @property
@@ -122,11 +123,11 @@ class Signal:
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """The parameters of the operation that made it."""
+        """The parameters of the operation that computed it."""
         return self.operation.params if self.operation else {}
 
     def made_by(self, *names: str) -> bool:
-        """Whether a primitive of one of these names made it."""
+        """Whether a primitive of one of these names computed it."""
         return self.operation is not None and self.operation.name in names
 
 
@@ -136,10 +137,14 @@ def concrete(*values: Any) -> bool:
 
 
 def known_now(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Evaluate a function now where its arguments are known, even while one around it is traced."""
+    """Decorate a function to be evaluated at once if its arguments are known, even under a trace.
+
+    The bound can then branch on the result: an error is raised, or a pattern matched, while a
+    function around it is compiled.
+    """
 
     @functools.wraps(function)
-    def evaluate(*args, **options):
+    def evaluate(*args: Any, **options: Any) -> Any:
         leaves = jax.tree.leaves((args, options))
         places = [(x.interval, x.centre) for x in leaves if isinstance(x, Signal)]
         if not concrete(*leaves, *jax.tree.leaves(places)):

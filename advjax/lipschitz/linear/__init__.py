@@ -1,1 +1,1 @@
-"""Linear layers as arrays: certified norms, estimates from below, and chains of layers."""
+"""Linear layers as arrays: certified norms, lower estimates, and bounds of chains of layers."""

@@ -1,23 +1,23 @@
-"""Layers of a chain in the frequency domain of cyclic grids that contain zero-padded convolutions.
+"""A chain of zero-padded convolutions in the frequency domain, embedded in cyclic grids (circles).
 
-On circles that are large enough (`Axis.circle`) a chain of convolutions with zero padding is one of
-cyclic convolutions, if what lies outside of each layer's outputs is set to 0. That is the work of
-an activation whose slope is 0 there, in the range of all the others, so that what holds for the
-cyclic chain holds for the padded one.
+On large enough circles (`Axis.circle`) a chain of zero-padded convolutions is a chain of cyclic
+convolutions that sets to 0 whatever lies outside each layer's outputs. Setting an entry to 0 is an
+activation of slope 0, and a bound for all slopes between 0 and the largest allows for it. So a
+bound of the cyclic chain also holds for the zero-padded one.
 
-Let `z^(w)` be the unitary Fourier transform of a layer's inputs, the channels at frequency w of a
-circle of N pixels. The layer reads at output o the inputs `s o + offset` of each tap. Its outputs
-are on a circle of M = N / s, and
+Let `z^(w)` be the unitary Fourier transform of a layer's inputs: the channels at frequency w of a
+circle of N pixels. For output o, each tap of the kernel reads the input `s o + offset`. The outputs
+are on a circle of M = N / s pixels, and
 
     y^(w) = s^(-1/2) sum over the s aliases v = w (mod M) of K(v)^H z^(v),
     K(v)[in, out] = sum over the taps of kernel[tap, in, out] exp(-2 pi i v offset / N).
 
-So a layer of stride s takes the direct sum of the inputs at s frequencies, and a dense layer behind
-an image, whose window is the image, takes that of all of them. By Parseval's theorem lengths and
-inner products are sums over the frequencies.
+So a layer of stride s maps s frequencies of its input to one of its output. A dense layer after an
+image is a convolution whose window is the whole image: it maps all frequencies to one. By
+Parseval's theorem, norms and inner products are sums over the frequencies.
 
-Reference: Pauli, Gramlich and Allgoewer (2023), arXiv:2211.15253, for convolutions in LipSDP, one
-axis of them and in state space.
+Reference: Pauli, Gramlich and Allgoewer (2023), arXiv:2211.15253, treat convolutions in LipSDP by
+state-space models, along one axis.
 """
 
 import itertools
@@ -37,12 +37,12 @@ Grid = tuple[int, ...]
 
 
 class Spectrum(NamedTuple):
-    """The matrices K of a layer, times `s^(-1/2)`: one matrix for a dense layer after another.
+    """The matrices `s^(-1/2) K` of a layer, one for each frequency; a single one without pixels.
 
     Attributes:
-        values: For each frequency of the inputs.
-        magnitudes: The sums of the magnitudes of what each entry is a sum of.
-        relative: Each of the values is off by at most this times its magnitude.
+        values: The matrix at each frequency of the inputs.
+        magnitudes: For each entry, the sum of the absolute values of the terms that it sums.
+        relative: The error of each value, at most, divided by its entry of `magnitudes`.
     """
 
     values: Inexact[Array, "*grid in out"]
@@ -51,26 +51,30 @@ class Spectrum(NamedTuple):
 
 
 def grids(layers: Sequence[Layer]) -> list[Grid]:
-    """The circles before the first layer and after each; convolutions come before dense layers."""
+    """Find the circles before the first layer and after each; dense layers come last."""
     convolutions = [layer for layer in layers if isinstance(layer, Conv)]
     found: list[Grid] = [()] * (len(layers) + 1)
     if not convolutions:
         return found
     strides = [[axis.stride for axis in layer.axes] for layer in convolutions]
     needed = [[axis.circle for axis in layer.axes] for layer in convolutions]
-    # By how much the circle behind each layer is larger than that behind the last.
+    # How many times larger the circle after each convolution is than that after the last one:
+    # each must hold the cyclic convolution of its layer, and shrink by exactly the strides.
     larger = np.cumprod([[1] * len(strides[0]), *strides[:0:-1]], axis=0)[::-1]
-    behind = larger * np.max(-(-np.array(needed) // larger), axis=0)
-    for i, circle in enumerate([behind[0] * strides[0], *behind]):
+    after = larger * np.max(-(-np.array(needed) // larger), axis=0)
+    for i, circle in enumerate([after[0] * strides[0], *after]):
         found[i] = tuple(map(int, circle))
     return found
 
 
 def spectra(layers: Sequence[Layer]) -> list[Spectrum]:
-    """Transform each layer to the frequencies of its inputs, with room for four roundings."""
+    """Transform each layer to the frequencies of its inputs.
+
+    The error bounds leave room for four roundings of the kernel, such as products with slopes.
+    """
     shape: tuple[int, ...] = ()
     found = []
-    for layer, (before, behind) in zip(layers, itertools.pairwise(grids(layers)), strict=True):
+    for layer, (before, after) in zip(layers, itertools.pairwise(grids(layers)), strict=True):
         offsets: list[np.ndarray] = []
         window = layer.kernel
         if isinstance(layer, Conv):
@@ -79,16 +83,16 @@ def spectra(layers: Sequence[Layer]) -> list[Spectrum]:
         elif before:  # a window of the image's size
             offsets = [np.arange(size) for size in shape[:-1]]
             window = layer.kernel.reshape(*shape, layer.kernel.shape[-1])
-        found.append(_spectrum(window, offsets, before, behind))
+        found.append(_spectrum(window, offsets, before, after))
         shape = layer.output_shape
     return found
 
 
 def fold(matrices: Inexact[Array, "*grid dims units"], grid: Grid) -> Inexact[Array, "..."]:
-    """Stack the rows of all aliases: the matrices on the circle after a layer.
+    """Stack the rows of all frequencies that alias to the same one on the circle after a layer.
 
-    Where that is none, the one matrix is real: it has the real parts and the imaginary ones as
-    rows, which gives the same real combinations of rows the same length.
+    Where a vector follows, all are stacked to one matrix A, and the real matrix of the rows of
+    Re(A) and Im(A) is returned: both map a real x to vectors of the same length.
     """
     before, units = matrices.shape[:-2], matrices.shape[-1]
     if before == grid:
@@ -109,17 +113,17 @@ def _spectrum(
     kernel: Float[Array, "*window in out"],
     offsets: Sequence[np.ndarray],
     before: Grid,
-    behind: Grid,
+    after: Grid,
 ) -> Spectrum:
-    kernel = kernel / math.sqrt(math.prod(before) / math.prod(behind))
+    kernel = kernel / math.sqrt(math.prod(before) / math.prod(after))
     dtype = jnp.promote_types(kernel.dtype, jnp.complex64) if before else kernel.dtype
     tables = [
         jnp.asarray(np.exp(-2j * np.pi * turns_of(circle, offset)), dtype)
         for circle, offset in zip(before, offsets, strict=True)
     ]
     magnitudes = jnp.sum(jnp.abs(kernel), axis=tuple(range(len(before))))
-    # The weights are the nearest floating numbers; the sums err as `weighted_taps` says. Doubled,
-    # since that of the magnitudes is itself computed, to within a factor of 2.
+    # The weights are rounded to nearest, and the error of the sums is that of `weighted_taps`.
+    # Doubled, as the sum of the magnitudes is itself rounded, but by less than a factor of 2.
     terms = sum(3 * len(offset) + 2 for offset in offsets)
     relative = (4 + 2 * terms) * float(jnp.finfo(kernel.dtype).eps)
     return Spectrum(weighted_taps(tables, kernel), magnitudes, relative)
@@ -128,7 +132,7 @@ def _spectrum(
 def _ungrouped(
     kernel: Float[Array, "*window in out"], groups: int
 ) -> Float[Array, "*window all out"]:
-    """The kernel that sees all channels, with zeros where it reads another group's."""
+    """The kernel of the same convolution without groups: 0 between channels of two groups."""
     if groups == 1:
         return kernel
     *window, inputs, outputs = kernel.shape

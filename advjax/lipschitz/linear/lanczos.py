@@ -1,4 +1,4 @@
-"""LOWER estimates of the norms of linear functions, from products with them and transposes."""
+"""LOWER estimates of the norms of linear functions, from products with A and its transpose."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from advjax import checks, losses
 from advjax.lipschitz.linear.rounding import power_of_two
@@ -19,10 +19,10 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: `|A v|` for the best unit vector v that was found. The norm is at least this, up to
-            rounding; how much larger it is, no number of steps can tell for sure.
-        residual: `|A^T A v - value^2 v| / value^2`. A small one shows that `value` is near *a*
+            rounding. It may be larger by any amount, whatever the number of steps.
+        residual: `|A^T A v - value^2 v| / value^2`. A small residual shows that `value` is near *a*
             singular value, not that it is near the largest.
-        num_steps: Products with A and its transpose, of each start.
+        num_steps: Number of products with A, and as many with its transpose, for each start.
     """
 
     value: Float[Array, ""]
@@ -35,8 +35,8 @@ class LanczosEstimate(NamedTuple):
 
     Attributes:
         value: As in `Estimate`.
-        upper: What the norm exceeds with at most the probability that was asked for, over the
-            random starts, whatever the operator; infinite where the steps are too few to tell.
+        upper: For any operator, the norm exceeds this with at most `failure_probability` over the
+            random starts; infinite where there are too few steps for such a statement.
         residual: As in `Estimate`.
         num_steps: As in `Estimate`.
     """
@@ -95,11 +95,11 @@ def power_iteration(
     like, _, transpose = _both_sides(linear_fn, like)
     operator, starts = _started(linear_fn, transpose, like, key, num_starts)
 
-    def unfinished(carry):
+    def unfinished(carry: tuple) -> Bool[Array, ""]:
         _, best, step = carry
         return (step == 0) | ((step < num_steps) & jnp.any(best.residual > tol))
 
-    def step(carry):
+    def step(carry: tuple) -> tuple:
         vectors, _, count = carry
         pairs, images = jax.vmap(operator.rayleigh)(vectors)
         return jax.vmap(unit)(images), pairs, count + 1
@@ -114,19 +114,19 @@ def power_iteration(
 def power_step(
     linear_fn: LinearFn, vector: Float[Array, "*shape"], *, num_steps: int = 1
 ) -> Float[Array, "*shape"]:
-    """Turn a vector towards the one that a linear function stretches most.
+    """Take steps of power iteration: turn a vector towards the top right singular vector.
 
     Args:
         linear_fn: A linear function of one array, such as a layer without its bias.
-        vector: A vector that is not 0, such as that of the step before.
-        num_steps: How many steps of power iteration to take.
+        vector: The vector to start from, not 0: most often the result of the last call.
+        num_steps: Number of steps to take.
 
     Returns:
-        A vector of length 1, or 0 where the function makes 0 of it.
+        A vector of length 1; or 0 if the function maps the vector to 0.
     """
     transpose = jax.linear_transpose(linear_fn, vector)
 
-    def step(_, vector):
+    def step(_: Int[Array, ""], vector: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         (image,) = transpose(unit(linear_fn(vector)))
         return unit(image)
 
@@ -144,8 +144,8 @@ def lanczos(
 ) -> LanczosEstimate:
     """Estimate the norm of a linear function by the Lanczos method, with a probable upper bound.
 
-    Full reorthogonalisation on the smaller of `A^T A` and `A A^T`: memory for `num_starts *
-    num_steps` vectors of that size.
+    It works on the smaller of `A^T A` and `A A^T` with full reorthogonalisation, and keeps
+    `num_starts * num_steps` vectors of that size in memory.
 
     Args:
         linear_fn: A linear function of one array, such as a layer without its bias.
@@ -154,27 +154,28 @@ def lanczos(
         num_starts: How many random starts to run side by side; the best one counts.
         num_steps: Steps of each start, a product with A and one with its transpose each. No more
             are taken than there are dimensions.
-        failure_probability: How probable it may be, over the starts, that `upper` is too small.
+        failure_probability: The probability, over the random starts, that `upper` is too small.
 
     Returns:
-        A `LanczosEstimate`. `upper` is that of exact arithmetic; at the default of 30 steps it lies
-        some per cent above `value`, far more than rounding.
+        A `LanczosEstimate`. `upper` is derived for exact arithmetic; with the default of 30 steps
+        it is some per cent above `value`, far more than rounding.
 
     Raises:
         TypeError: If `like` is not floating.
         ValueError: If `num_starts` or `num_steps` is not a positive integer, or
             `failure_probability` is not in (0, 1).
 
-    Reference: Kuczynski and Wozniakowski (1992), theorem 4.1(b): a start fails to come within the
-    relative error e of the largest eigenvalue with probability at most
-    `1.648 sqrt(n) exp(-sqrt(e) (2 k - 1))` after k steps in n dimensions.
+    Reference: Kuczynski and Wozniakowski (1992), theorem 4.1(b): after k steps in n dimensions the
+    largest Ritz value is off by more than a relative error e of the largest eigenvalue with
+    probability at most `1.648 sqrt(n) exp(-sqrt(e) (2 k - 1))`.
     """
     num_starts = checks.positive_int("num_starts", num_starts)
     num_steps = checks.positive_int("num_steps", num_steps)
-    delta = checks.share("failure_probability", failure_probability)
+    delta = checks.fraction("failure_probability", failure_probability)
 
     pair, size = _lanczos(linear_fn, like, key, num_starts, num_steps)
-    # As many steps as dimensions are exact, so that the theorem holds for any larger number too.
+    # With as many steps as dimensions the method is exact: further steps need not be taken for the
+    # theorem to hold for them. Solved for e, with the starts independent: root = sqrt(e).
     root = (math.log(1.648 * math.sqrt(size)) - math.log(delta) / num_starts) / (2 * num_steps - 1)
     factor = 1 / math.sqrt(1 - root**2) if root < 1 else math.inf
     upper = jnp.where(pair.value > 0, pair.value * factor, 0)
@@ -190,9 +191,9 @@ def top_pair(
 
 
 class _Operator(NamedTuple):
-    """A linear function and its transpose, scaled by a power of two to a norm of order 1.
+    """A linear function and its transpose, divided by a power of two to make the norm of order 1.
 
-    Unscaled, the square of a norm of 1e-24 would be 0 in float32.
+    Without the scale, the square of a norm of 1e-24 would underflow to 0 in float32.
     """
 
     forward: LinearFn
@@ -200,7 +201,7 @@ class _Operator(NamedTuple):
     scale: Float[Array, ""]
 
     def rayleigh(self, right: Float[Array, "*shape"]) -> tuple[Pair, Float[Array, "*shape"]]:
-        """The pair of a unit vector, and `A^T A` times the vector."""
+        """The singular pair that a unit vector approximates, and `A^T A` times the vector."""
         left = self.forward(right)
         value = losses.l2(left)
         image = self.transpose(left)
@@ -228,9 +229,9 @@ def _started(
     starts = jax.vmap(unit)(normal)
     scale = power_of_two(forward(starts[0]))
 
-    def scaled(x):
-        # Without the barrier XLA may divide twice by the scale as once by its square, which
-        # underflows or overflows.
+    def scaled(x: Array) -> Array:
+        # Without the barrier XLA may merge two divisions by the scale into one by its square,
+        # which underflows or overflows.
         return jax.lax.optimization_barrier(x / scale)
 
     return _Operator(lambda x: scaled(forward(x)), lambda y: transpose(scaled(y)), scale), starts
@@ -242,7 +243,7 @@ def _lanczos(
     """The best top pair of all starts, and the number of dimensions it was searched in."""
     like, out, transpose = _both_sides(linear_fn, like)
     sides, turned = (linear_fn, transpose, like), out.size < like.size
-    if turned:  # the smaller Krylov space is found on the other side
+    if turned:  # the Krylov space of the smaller side takes less memory
         sides = (transpose, linear_fn, out)
     operator, starts = _started(*sides, key, num_starts)
     steps = max(min(num_steps, sides[2].size), 1)
@@ -257,15 +258,15 @@ def _krylov(operator: _Operator, start: Float[Array, "*shape"], num_steps: int) 
     shape = start.shape
     rounding = math.sqrt(start.size) * jnp.finfo(start.dtype).eps
 
-    def step(basis, index):
+    def step(basis: Float[Array, "steps n"], index: Int[Array, ""]) -> tuple[Array, tuple]:
         vector = basis[index]
         image = jnp.ravel(operator.transpose(operator.forward(vector.reshape(shape))))
         diagonal, length = _dot(vector, image), losses.l2(image)
         for _ in range(2):  # twice is enough (Parlett, 1998, section 6.9)
             image = image - _dot(_dot(basis, image), basis)
         beta = losses.l2(image)
-        # What rounding leaves of an exhausted space is dropped: the zeros that follow change no
-        # Ritz value but 0.
+        # Once the Krylov space is exhausted, the rest is rounding and is dropped. The zeros that
+        # follow only add Ritz values of 0.
         beta = jnp.where(beta > rounding * length, beta, 0)
         following = jnp.where(beta > 0, image / jnp.where(beta > 0, beta, 1), 0)
         basis = basis.at[index + 1].set(following, mode="drop")
@@ -288,7 +289,7 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 def unit(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """An array of length 1 in the same direction; 0 for 0."""
-    x = x / jax.lax.stop_gradient(power_of_two(x))  # whose squares neither underflow nor overflow
+    """Scale an array to length 1; 0 stays 0."""
+    x = x / jax.lax.stop_gradient(power_of_two(x))  # so that no square underflows or overflows
     norm = losses.l2(x)
     return x / jnp.where(norm > 0, norm, 1)

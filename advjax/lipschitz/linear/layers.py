@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Complex, Float, Int
 
 from advjax import checks
 from advjax.lipschitz.linear import norms
@@ -20,9 +20,10 @@ from advjax.lipschitz.linear.spectral_norm import SQUARINGS, norm_bound
 
 Padding = str | Sequence[tuple[int, int]]
 
-_ENTRIES = 2**24  # the most entries of a convolution that is written as a matrix,
-_PRODUCTS = 2**34  # and the most multiplications to bound it
-BATCH = 2**22  # entries of the matrices of the frequencies that are bounded at once
+# A convolution with no more entries, bounded with no more multiplications, is written as a matrix.
+_ENTRIES = 2**24
+_PRODUCTS = 2**34
+BATCH = 2**22  # matrix entries of the frequencies that are bounded at once
 
 LayerType = TypeVar("LayerType", bound=type)
 
@@ -30,16 +31,16 @@ LayerType = TypeVar("LayerType", bound=type)
 def _layer(cls: LayerType) -> LayerType:
     """Register a layer as a pytree whose one leaf is the kernel.
 
-    Unlike `jax.tree_util.register_dataclass` it does not call the constructor, which checks what
-    it is given: a transformation puts placeholders, or several kernels at once, in its place.
+    Unlike `jax.tree_util.register_dataclass`, unflattening does not call the constructor: its
+    checks would fail on the placeholders and batches of kernels that transformations put there.
     """
     names = [field.name for field in dataclasses.fields(cls) if field.name != "kernel"]
 
-    def flatten(layer):
+    def flatten(layer: Any) -> tuple[list, tuple]:
         key = jax.tree_util.GetAttrKey("kernel")
         return [(key, layer.kernel)], tuple(getattr(layer, name) for name in names)
 
-    def unflatten(values, kernels):
+    def unflatten(values: tuple, kernels: Any) -> Any:
         layer: Any = object.__new__(cls)
         for name, value in zip(("kernel", *names), (*kernels, *values), strict=True):
             object.__setattr__(layer, name, value)
@@ -90,7 +91,16 @@ class Dense:
 
 
 class Axis(NamedTuple):
-    """A spatial axis of a convolution."""
+    """A spatial axis of a convolution.
+
+    Attributes:
+        size: Number of inputs along the axis.
+        window: Number of taps of the kernel.
+        stride: Distance of the windows of neighbouring outputs.
+        low: Number of zeros added before the first input.
+        high: Number of zeros added after the last.
+        dilation: Distance of neighbouring taps.
+    """
 
     size: int
     window: int
@@ -114,13 +124,13 @@ class Axis(NamedTuple):
     def circle(self) -> int:
         """The fewest outputs of a cyclic convolution that contains this one.
 
-        Output o reads the inputs `stride o + offset`, of the block `o + q` of `stride` inputs. Let
-        J be the number of blocks, n the number of outputs, and [first, last] the range of o + q. On
+        Divide the inputs into J blocks of `stride` inputs. Output o of n reads the inputs
+        `stride o + offset`, which are in block `o + q`; let [first, last] be the range of o + q. On
         a circle of M blocks with
 
             M >= max(J, n, J - first, last + 1)
 
-        a block outside [0, J) does not come to lie on an input: it stays a zero.
+        the blocks that are read outside [0, J), the padding, do not wrap around to an input.
         """
         q = self.offsets // self.stride
         blocks = -(-self.size // self.stride)
@@ -228,7 +238,7 @@ class Conv:
         kernel = self.kernel
         if not kernel.size or not math.prod(self.input_shape):
             return jnp.zeros((), kernel.dtype)
-        # Groups see different inputs and make different outputs: the norm is their maximum.
+        # Groups have their own inputs and outputs, so that the norm is the largest of theirs.
         *window, inputs, outputs = kernel.shape
         split = kernel.reshape(*window, inputs, self.groups, outputs // self.groups)
         kernels = jnp.moveaxis(split, -2, 0)
@@ -236,14 +246,14 @@ class Conv:
         entries = math.prod(self.input_shape[:-1]) * kernel.size // self.groups
         batch = max(1, min(self.groups, BATCH // entries))
 
-        def group_bound(kernel):
+        def group_bound(kernel: Float[Array, "*window in out"]) -> Float[Array, ""]:
             shape = (*self.input_shape[:-1], inputs)
             return bound(dataclasses.replace(self, kernel=kernel, input_shape=shape, groups=1))
 
         return jnp.max(jax.lax.map(group_bound, kernels, batch_size=batch))
 
     def _is_small(self) -> bool:
-        """Whether all groups are cheap to bound as matrices, which is tighter."""
+        """Whether the groups are small enough to be bounded as matrices, which is tighter."""
         sizes = math.prod(self.input_shape), math.prod(self.output_shape)
         small, large = sorted(size // self.groups for size in sizes)
         products = self.groups * small**2 * (large + SQUARINGS * small)
@@ -364,16 +374,18 @@ def _frequency_bound(layer: Conv) -> Float[Array, ""]:
     Along an axis of stride s, tap t of the kernel reads for output o the input
     `s o + t dilation - low = s (o + q) + p` with a phase p in [0, s). So the convolution is one
     of stride 1 whose channels are the s phases of the input, and tap t reads block o + q of
-    phase p. On a circle of M blocks, as `Axis.circle` has it, the zero-padded convolution is
-    the cyclic one with inputs and outputs left out, and its norm is at most the cyclic one's:
-    the largest norm over the frequencies w of the matrix
-    K(w)[(p, in), out] = sum over the taps of phase p of kernel[t, in, out] exp(2 pi i w q / M).
+    phase p. On a circle of M blocks (`Axis.circle`) the zero-padded convolution is the cyclic one
+    with some inputs and outputs left out. Its norm is therefore at most the cyclic one's: the
+    largest norm over the frequencies w of the matrix
+
+        K(w)[(p, in), out] = sum over the taps of phase p of kernel[t, in, out] exp(2 pi i w q / M).
+
     The kernel is real, so that half the frequencies of the last axis suffice.
 
-    Rounding: the weights exp(...) are the nearest floating numbers, off by u. An axis of k taps
-    adds inner products of k terms, off by gamma(3 k) as `rounding.py` shows. All axes together are
-    off by gamma(sum of 3 k + 2) times the sum of the magnitudes over the taps of each phase;
-    the norm of that matrix of magnitudes times gamma is added.
+    Rounding: the weights exp(...) are rounded to nearest, with an error of u. An axis of k taps
+    adds inner products of k terms, with an error of gamma(3 k) (`rounding.py`). All axes together
+    have an error of gamma(sum of 3 k + 2) times the sum of the magnitudes over the taps of each
+    phase. The norm of this matrix of magnitudes, times gamma, is added to the bound.
     """
     kernel, axes = layer.kernel, layer.axes
     phases = [_phases(axis) for axis in axes]
@@ -385,7 +397,7 @@ def _frequency_bound(layer: Conv) -> Float[Array, ""]:
     tables = [jnp.asarray(phase, complex_dtype) for phase in phases]
     shape = (math.prod(axis.stride for axis in axes) * kernel.shape[-2], kernel.shape[-1])
 
-    def bound(frequency):
+    def bound(frequency: Int[Array, " axes"]) -> Float[Array, ""]:
         chosen = [table[index] for table, index in zip(tables, frequency, strict=True)]
         return norm_bound(weighted_taps(chosen, unit).reshape(shape))
 
@@ -394,14 +406,14 @@ def _frequency_bound(layer: Conv) -> Float[Array, ""]:
     taps = [jnp.asarray(np.abs(phase[0]), kernel.dtype) for phase in phases]
     magnitudes = weighted_taps(taps, jnp.abs(unit)).reshape(shape)
     terms = sum(3 * axis.window + 2 for axis in axes)
-    # Twice, since the sum of the magnitudes is itself computed, to within a factor of 2.
+    # Doubled, as the sum of the magnitudes is itself rounded, but by less than a factor of 2.
     rounding = 2 * gamma(terms, kernel.dtype) * magnitude_bound(magnitudes)
     return scale * (largest + rounding) * (1 + gamma(4, kernel.dtype))
 
 
 def turns_of(circle: int, offsets: np.ndarray) -> Float[np.ndarray, "frequencies taps"]:
     """The phase of each frequency of a circle at each offset, in turns, in [0, 1)."""
-    # An exact integer before it is divided.
+    # Reduced as an exact integer: a large angle would lose its digits.
     return np.outer(np.arange(circle), offsets) % circle / circle
 
 
@@ -414,10 +426,10 @@ def _phases(axis: Axis) -> Complex[np.ndarray, "frequencies phases taps"]:
 
 
 def weighted_taps(tables: Sequence[Array], kernel: Float[Array, "*window in out"]) -> Array:
-    """The taps of every axis summed with the weights (phase, tap) of its table.
+    """Sum the taps along each axis, with the weights (phase, tap) of the axis's table.
 
-    An axis of k taps adds inner products of k terms, off by gamma(3 k) as `rounding.py` shows if
-    the weights are complex.
+    For an axis of k taps these are inner products of k terms, with a relative error of gamma(3 k)
+    if the weights are complex (`rounding.py`).
     """
     for axis, table in enumerate(tables):
         product = jnp.tensordot(table, kernel, (1, axis), precision=jax.lax.Precision.HIGHEST)

@@ -1,23 +1,23 @@
 """Bounds of a chain of convolutions and dense layers, tighter than the product of their norms.
 
-The slopes of an elementwise activation tie its input y to its output z unit by unit. Let v be a
-difference of two inputs of the chain and suppose that after some layer the differences are `S w`
-with |w| <= |v| for a known matrix S, the identity at first. Let B = W^H S for the next layer's
-kernel W, times the largest slopes, so that y = B w, and the slopes that remain are in [0, 1]. They
-mean z^H D^2 (y - z) >= 0 for every diagonal D > 0, and with A = D B / 2
+Let v be the difference of two inputs of the chain. Suppose that the difference after some layer is
+`S w` with |w| <= |v| for a known matrix S, the identity at first. Let B = W^H S for the next
+layer's kernel W, multiplied by the largest slopes of its activation, so that the difference before
+the activation is y = B w and the slopes that remain are in [0, 1]. For the difference z after the
+activation this means z^H D^2 (y - z) >= 0 for every diagonal D > 0, and with A = D B / 2
 
     |D z|^2 <= (D z)^H (D B) w <= |w|^2 + |A^H D z|^2,   so   z^H D P D z <= |w|^2,   P = I - A A^H.
 
-Hence, for any T with T^H P T >= (1 - e) I, the differences after the layer are `D^-1 T w` with
-sqrt(1 - e) |w| <= |v|, and the chain's are `W^H D^-1 T w` for its last kernel W. Where T is the
-inverse of the adjoint Cholesky factor of P, e is 0 but for rounding.
+Hence, for any T with T^H P T >= (1 - e) I, the difference after the activation is `D^-1 T w` for a
+new w with sqrt(1 - e) |w| <= |v|, and that of the chain is `W^H D^-1 T w` for its last kernel W. If
+T is the inverse of the adjoint Cholesky factor of P, e is 0 up to rounding.
 
-This holds for every D, so the search for D need not be trusted. Only three products have to be
-rounded with care: A A^H, T^H P T and the last one. `rounding.rounding` bounds the error of each,
-and e is the computed difference of T^H P T from I plus that error.
+This holds for every D, so that the search for D need not be certified. Only the rounding of three
+products matters: A A^H, T^H P T and the last one. `rounding.rounding` bounds the error of each, and
+e is the computed difference of T^H P T from I, plus that error.
 
-Convolutions take these steps at each frequency (`frequencies.py`). The condition is then a sum over
-the frequencies, so that D has one entry for each channel; everything else is the same.
+For convolutions the same is done at each frequency (`frequencies.py`). The condition on the slopes
+is then a sum over the frequencies, so that D has one entry per channel; all else is the same.
 
 Reference: Fazlyab et al. (2019) for the condition, LipSDP; Xu and Sivaranjani (2024) for solving it
 layer by layer, ECLipsE.
@@ -58,9 +58,10 @@ class ChainBound(NamedTuple):
     """Lipschitz bounds, in L2, of the outputs of a chain of layers.
 
     Attributes:
-        constant: Of all outputs together.
-        outputs: Of each output; of a convolution, of each pixel of each channel.
-        pairs: Of the difference of each two outputs; of a convolution, of two channels of a pixel.
+        constant: The bound for all outputs together.
+        outputs: The bound for each output; for a convolution, for any pixel of each channel.
+        pairs: The bound for the difference of each two outputs; for a convolution, for that of two
+            channels of a pixel.
     """
 
     constant: Float[Array, ""]
@@ -77,11 +78,11 @@ def product(layers: Layers, slopes: Slopes) -> ChainBound:
 
     Args:
         layers: Convolutions (`Conv`), if any, and then dense layers, each a `Dense` or the matrix
-            of `y = z @ kernel`. The first of these takes the pixels of an image row by row, and the
-            channels of each.
-        slopes: For the activation after each layer but the last the largest slope; a scalar, or
-            one for each unit, or for each channel of a convolution. No slope may be negative: a
-            ReLU's is 1, a sigmoid's 1/4.
+            of `y = z @ kernel`. The first dense layer takes the image flattened row by row, the
+            channels of a pixel side by side.
+        slopes: The largest slope of the activation after each layer but the last: a scalar, or one
+            for each unit, or for each channel of a convolution. The activations must not decrease.
+            The slope of a ReLU is 1, of a sigmoid 1/4.
 
     Returns:
         A `ChainBound`, certified: rounding is accounted for. It is infinite if a kernel is not
@@ -97,7 +98,7 @@ def product(layers: Layers, slopes: Slopes) -> ChainBound:
 
 
 def eclipse(layers: Layers, slopes: Slopes) -> ChainBound:
-    """Bound a chain of layers with one multiplier a layer, in closed form.
+    """Bound a chain of layers with one multiplier per layer, in closed form.
 
     Args:
         layers: Convolutions (`Conv`), if any, and then dense layers, each a `Dense` or a matrix
@@ -121,24 +122,25 @@ def eclipse(layers: Layers, slopes: Slopes) -> ChainBound:
 def lipsdp(
     layers: Layers, slopes: Slopes, *, num_steps: int = 100, learning_rate: float = 0.3
 ) -> ChainBound:
-    """Bound a chain of layers with one multiplier a unit or channel, found by gradient descent.
+    """Bound a chain of layers with one multiplier per unit or channel, found by gradient descent.
 
-    The semidefinite program of LipSDP without its solver: eliminated layer by layer, every choice
-    of its multipliers is feasible, and each step of Adam ends in a valid bound.
+    This is the semidefinite program of LipSDP without a semidefinite solver. Eliminated layer by
+    layer, it has a feasible point for every choice of multipliers, so that each step of Adam gives
+    a valid bound.
 
     Args:
         layers: Convolutions (`Conv`), if any, and then dense layers, each a `Dense` or a matrix
             (in, out).
         slopes: The largest slope of the activation after each layer but the last; a scalar, or one
             for each unit or channel.
-        num_steps: How many steps of Adam to take. A hundred come within about 0.2 % of what a
-            thousand reach.
-        learning_rate: That of Adam at first; it falls to 0 along a cosine.
+        num_steps: Number of steps of Adam. The bound after 100 is within about 0.2 % of that after
+            1,000.
+        learning_rate: The initial learning rate of Adam, which falls to 0 along a cosine.
 
     Returns:
-        A `ChainBound`, certified, and no larger than that of `eclipse`. The multipliers are those
-        that were found for the constant of all outputs; those of outputs and of pairs hold for them
-        too.
+        A `ChainBound`, certified, and no larger than that of `eclipse`. The multipliers minimise
+        the constant of all outputs together; the bounds of single outputs and of pairs use the same
+        ones.
 
     Raises:
         TypeError: If a kernel is not floating.
@@ -168,7 +170,7 @@ def _product(chain: Chain) -> ChainBound:
     last = chain[-1].kernel
     growth = functools.reduce(_times, norms[:-1], jnp.ones((), last.dtype))
     growth *= 1 + gamma(4 * len(chain), last.dtype)
-    # A pixel of a convolution reads no more than all of the taps, each at another input.
+    # A pixel of a convolution's output reads each tap at most once, each at another input.
     rows = last.reshape(-1, last.shape[-1])
     scale = power_of_two(rows)
     found = _bounds(_Reach(rows / scale, jnp.zeros((), last.dtype), scale, growth))
@@ -186,20 +188,20 @@ def _certified(chain: Chain, multipliers: list["_Multipliers"]) -> ChainBound:
 
 @functools.partial(jax.jit, static_argnames=("num_steps", "learning_rate"))
 def _descend(chain: Chain, *, num_steps: int, learning_rate: float) -> list["_Multipliers"]:
-    """The multipliers of the lowest constant that Adam meets; they need not be trusted."""
+    """The multipliers of the lowest constant that Adam finds; nothing here need be certified."""
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
     first, *rest = frequencies.spectra(chain)
     _, *grids = frequencies.grids(chain)
     reach = _first(first, grids[0])
-    # Only its Gram matrix matters, which its triangular factor has too.
+    # The constant depends on this matrix by its Gram matrix alone, and so on the smaller factor R.
     reach = reach._replace(matrix=jnp.linalg.qr(reach.matrix, mode="r"))
 
     @jax.value_and_grad
-    def log_constant(multipliers):
+    def log_constant(multipliers: list[_Multipliers]) -> Float[Array, ""]:
         last = _reach(reach, rest, grids[1:], multipliers)
         return jnp.log(jnp.max(_top(last.matrix))) / 2 + jnp.log(last.scale)
 
-    def step(carry, _):
+    def step(carry: tuple, _: None) -> tuple[tuple, None]:
         multipliers, state, best, lowest = carry
         value, grad = log_constant(multipliers)
         best = jax.tree.map(lambda a, b: jnp.where(value < lowest, a, b), multipliers, best)
@@ -218,16 +220,23 @@ def _smaller(*bounds: ChainBound) -> ChainBound:
 
 
 class _Multipliers(NamedTuple):
-    """The diagonal D of an activation, up to a factor: `exp(units)`, and how large it is."""
+    """The diagonal D of an activation, free of constraints.
+
+    Attributes:
+        units: The logarithms of the entries of D, up to a common factor.
+        fraction: The factor: the sigmoid of this is the square of the norm of A, which must be
+            below 1.
+    """
 
     units: Float[Array, " units"]
-    share: Float[Array, ""]
+    fraction: Float[Array, ""]
 
 
 class _Reach(NamedTuple):
-    """Differences `scale growth (matrix + E)^H w`: |w| is at most the input's, |E| the error.
+    """The differences `scale growth (matrix + E)^H w` that are possible after a layer.
 
-    Of convolutions, these are Fourier transforms: one matrix for each frequency, the same error.
+    |w| is at most the length of the inputs' difference, and |E| at most the error. For convolutions
+    these are Fourier transforms: one matrix for each frequency, all with the same error.
     """
 
     matrix: Inexact[Array, "*grid dims units"]
@@ -268,22 +277,22 @@ def _scaled(reach: _Reach) -> _Reach:
 
 
 def _follow(reach: _Reach, multipliers: _Multipliers, spectrum: Spectrum, grid: Grid) -> _Reach:
-    """Through an activation and the layer after it, to the circle behind that.
+    """Go through an activation and the layer after it.
 
-    Every elementwise operation is off by less than eps, relatively, and so in norm by less than
-    that of the magnitudes.
+    An elementwise operation has a relative error below eps: in norm, an error below eps times the
+    norm of the matrix of magnitudes.
     """
     eps = float(jnp.finfo(reach.error.dtype).eps)
     units = jnp.exp(multipliers.units)
     top = jnp.max(_top(reach.matrix * _along_last(units, reach.matrix)))
-    size = jnp.sqrt(jax.nn.sigmoid(multipliers.share) / jnp.where(top > 0, top, 1))
+    size = jnp.sqrt(jax.nn.sigmoid(multipliers.fraction) / jnp.where(top > 0, top, 1))
     half = size * units  # D / 2, exactly
     scale = jax.lax.stop_gradient(power_of_two(spectrum.magnitudes))
     kernel_error = magnitude_bound(spectrum.magnitudes / scale / (2 * half)[:, None])
     kernel_error *= spectrum.relative + 4 * eps
     eye = jnp.eye(len(half), dtype=reach.matrix.dtype)
 
-    def follow(matrix, values):
+    def follow(matrix: Inexact[Array, "dims units"], values: Inexact[Array, "units out"]) -> tuple:
         A = matrix * half[None]
         A_error = jnp.max(half) * reach.error + eps * magnitude_bound(A)
         P = eye - matrix_product(A, A)
@@ -300,24 +309,25 @@ def _follow(reach: _Reach, multipliers: _Multipliers, spectrum: Spectrum, grid: 
         error = rounding(T, weighted) + kernel_error * T_norm
         return matrix_product(T, weighted), error, e
 
-    behind, error, e = frequencies.over_frequencies(follow, reach.matrix, spectrum.values)
+    after, error, e = frequencies.over_frequencies(follow, reach.matrix, spectrum.values)
     growth = reach.growth * (1 + 8 * eps) / jnp.sqrt(1 - jnp.max(e))
-    # Aliases are averaged, and so are the squares of their errors at most.
-    behind = frequencies.fold(behind, grid)
-    return _scaled(_Reach(behind, jnp.max(error), _times(reach.scale, scale), growth))
+    # `fold` stacks the aliases, whose kernels have a factor s^(-1/2): the squares of their errors
+    # are averaged at most, and the average is no larger than the largest.
+    after = frequencies.fold(after, grid)
+    return _scaled(_Reach(after, jnp.max(error), _times(reach.scale, scale), growth))
 
 
 def _scaling_error(kernel: Float[Array, "*window in out"]) -> Float[Array, ""]:
-    """A bound of the norm of what rounding the products with the slopes adds to a layer."""
+    """Bound the norm of the rounding errors of a layer's products with the slopes."""
     magnitudes = jnp.sum(jnp.abs(kernel), axis=tuple(range(kernel.ndim - 2)))
     scale = power_of_two(magnitudes)
     return scale * magnitude_bound(magnitudes / scale) * 2 * float(jnp.finfo(kernel.dtype).eps)
 
 
 def _top(matrices: Inexact[Array, "*grid rows cols"]) -> Float[Array, "*grid"]:
-    """The squares of the norms, as they are computed."""
+    """The squares of the norms, not certified: by an eigenvalue solver."""
 
-    def top(matrix):
+    def top(matrix: Inexact[Array, "rows cols"]) -> Float[Array, ""]:
         if len(matrix) < matrix.shape[1]:
             matrix = matrix.T
         return jnp.linalg.eigvalsh(matrix_product(matrix, matrix))[-1]
@@ -332,12 +342,13 @@ def _bounds(reach: _Reach) -> ChainBound:
     rounded_up = 1 + gamma(count * dims + 16, reach.error.dtype)
     factor = _times(reach.scale, reach.growth) * rounded_up
 
-    def lengths(vectors):
-        # Of a pixel, whose output is the mean over the frequencies, each turned by some angle.
+    def lengths(vectors: Inexact[Array, "*grid dims units"]) -> Float[Array, " units"]:
+        # A pixel's output is the mean over the frequencies, up to a phase at each.
         square = jnp.sum(jnp.abs(vectors) ** 2, axis=tuple(range(len(grid) + 1)))
         return jnp.sqrt(square / count)
 
-    # A difference of two columns is off by E times (1, -1), and by its own rounding.
+    # The error of a difference of two columns is E times (1, -1), of length sqrt(2), and its own
+    # rounding.
     columns = jnp.moveaxis(reach.matrix, -1, 0)
     pairs = jax.lax.map(lambda column: lengths(column[..., None] - reach.matrix), columns)
     norm = jnp.max(frequencies.over_frequencies(norm_bound, reach.matrix))
@@ -349,7 +360,7 @@ def _bounds(reach: _Reach) -> ChainBound:
 
 
 def _times(factor: Float[Array, ""], bounds: Float[Array, "*bounds"]) -> Float[Array, "*bounds"]:
-    """Multiply, rounding up what underflows; infinite where the product is not a number."""
+    """Multiply, rounding up where the product underflows; infinite where it is NaN."""
     product = factor * bounds
     positive = (factor > 0) & (bounds > 0)
     product = jnp.where(positive, jnp.maximum(product, jnp.finfo(product.dtype).tiny), product)
@@ -357,7 +368,7 @@ def _times(factor: Float[Array, ""], bounds: Float[Array, "*bounds"]) -> Float[A
 
 
 def _chain(layers: Layers, slopes: Slopes) -> Chain:
-    """The layers, each times the slopes before and behind it."""
+    """The layers, each multiplied by the roots of the slopes before and after it."""
     if not all(isinstance(x, Conv) or jnp.ndim(_kernel(x)) == 2 for x in layers):
         raise _misfit([_kernel(x) for x in layers])
     chain = [x if isinstance(x, Dense | Conv) else Dense(_kernel(x)) for x in layers]
@@ -368,16 +379,16 @@ def _chain(layers: Layers, slopes: Slopes) -> Chain:
             f"slopes: {len(slopes)} for {len(chain)} layers, expected one between each two."
         )
     dtype = jnp.result_type(*(layer.kernel for layer in chain))
-    # Half of each on either side, so that a unit of slope 0 is out of the chain altogether.
+    # The root of each slope on either side, so that a unit of slope 0 leaves the chain altogether.
     rounded_up = 1 + 2 * float(jnp.finfo(dtype).eps)
-    halves = [
+    roots = [
         jnp.sqrt(jnp.broadcast_to(jnp.asarray(slope, dtype), layer.output_shape[-1:])) * rounded_up
         for slope, layer in zip(slopes, chain[:-1], strict=True)
     ]
     kernels = [layer.kernel.astype(dtype) for layer in chain]
-    for i, half in enumerate(halves):
-        kernels[i] *= _along_last(half, kernels[i])
-        kernels[i + 1] = _times_inputs(chain[i + 1], kernels[i + 1], half)
+    for i, root in enumerate(roots):
+        kernels[i] *= _along_last(root, kernels[i])
+        kernels[i + 1] = _times_inputs(chain[i + 1], kernels[i + 1], root)
     return tuple(
         dataclasses.replace(layer, kernel=kernel)
         for layer, kernel in zip(chain, kernels, strict=True)
@@ -391,14 +402,14 @@ def _kernel(layer: Float[ArrayLike, "in out"] | Layer) -> Float[Array, "*kernel"
 def _misfit(kernels: Sequence[Float[Array, "*kernel"]]) -> ValueError:
     return ValueError(
         f"layers: kernels of shapes {[kernel.shape for kernel in kernels]}, expected "
-        "convolutions, if any, and then matrices (in, out), each for what the one before makes."
+        "convolutions, if any, and then matrices (in, out), each for the output of the one before."
     )
 
 
 def _follows(before: Layer, layer: Layer) -> bool:
     """Whether a layer takes the output of the one before it, as it is or flattened."""
-    made = before.output_shape
-    return layer.input_shape in (made, (math.prod(made),))
+    shape = before.output_shape
+    return layer.input_shape in (shape, (math.prod(shape),))
 
 
 def _times_inputs(
@@ -416,5 +427,5 @@ def _times_inputs(
 def _along_last(
     values: Float[Array, " n"], like: Inexact[Array, "*shape n"]
 ) -> Float[Array, "..."]:
-    """Values for the last axis of an array, shaped to be broadcast to it."""
+    """Reshape values for the last axis of an array so that they broadcast with it."""
     return jnp.expand_dims(values, tuple(range(like.ndim - 1)))

@@ -1,4 +1,4 @@
-"""Operator norms of layers, between a certified bound and an estimate from below."""
+"""Operator norms of layers: a certified upper bound and a lower estimate, with gradients."""
 
 import math
 from typing import NamedTuple, Protocol
@@ -15,8 +15,8 @@ class NormBound(NamedTuple):
     """Bounds of an operator norm.
 
     Attributes:
-        lower: The length of the image of a unit vector that the Lanczos method found; a lower bound
-            up to rounding.
+        lower: `|A v|` for the unit vector v that the Lanczos method found: a lower bound up to
+            rounding.
         upper: A certified upper bound, rounding included; infinite if the kernel is not finite.
     """
 
@@ -53,18 +53,18 @@ def between(layer: LinearLayer) -> NormBound:
 @jax.custom_jvp
 @jax.jit
 def upper_norm(layer: LinearLayer) -> Float[Array, ""]:
-    """The certified bound alone, with the gradient of the norm times its ratio to the norm.
+    """Bound the operator norm from above, with the gradient of `upper / lower * norm`.
 
-    The gradient of the certified bound itself would be that of eight squarings.
+    Differentiating the certified bound itself would run backwards through eight matrix squarings.
     """
     return layer.certified()
 
 
 @upper_norm.defjvp
-def _upper_norm_jvp(primals, tangents):
+def _upper_norm_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     upper, lower = upper_norm(*primals), _lower_norm(*primals)
     _, slope = jax.jvp(_lower_norm, primals, tangents)
-    usable = (lower > 0) & jnp.isfinite(upper)  # a kernel of zeros has no direction
+    usable = (lower > 0) & jnp.isfinite(upper)  # the norm has no gradient at a kernel of zeros
     return upper, slope * jnp.where(usable, upper / jnp.where(usable, lower, 1), 0)
 
 
@@ -74,15 +74,16 @@ def _lower_norm(layer: LinearLayer) -> Float[Array, ""]:
 
 
 @_lower_norm.defjvp
-def _lower_norm_jvp(primals, tangents):
+def _lower_norm_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     pair = _top_pair(*primals)
-    # u^T A v is the norm and, with the unit vectors u and v held fixed, has its gradient.
+    # The norm is u^T A v for the top singular vectors u and v. It is stationary in both, so that
+    # its derivative is that of u^T A v with u and v held fixed.
     return pair.value, jnp.sum(pair.left * tangents[0].apply(pair.right))
 
 
 @jax.jit
 def _top_pair(layer: LinearLayer) -> Pair:
-    # Scaled, so that the lengths of what it makes neither underflow nor overflow.
+    # Scaled, so that no norm underflows or overflows on the way.
     scale = power_of_two(layer.kernel)
     scaled = jax.tree.map(lambda kernel: kernel / scale, layer)
     like = jax.ShapeDtypeStruct(layer.input_shape, layer.kernel.dtype)

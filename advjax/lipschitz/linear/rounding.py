@@ -1,12 +1,13 @@
-"""Error bounds of floating-point sums and products, for norms that must hold rounding included.
+"""Error bounds of floating-point sums and products, for norms that are certified with rounding.
 
-A real inner product of k terms, in any order and with or without fused operations, errs by at most
-`gamma(k) = k u / (1 - k u)` times the product of the magnitudes, for u the unit roundoff (Higham,
-2002, chapter 3). Summed in blocks of b terms whose results are added one after the other, k is b
-plus the number of blocks. Real and imaginary parts of a complex one are real ones of twice the
-length, so that the modulus errs by at most `sqrt(2) gamma(2 k) <= gamma(3 k)`.
+A real inner product of k terms, in any order and with or without fused operations, has an error of
+at most `gamma(k) = k u / (1 - k u)` times the inner product of the magnitudes, where u is the unit
+roundoff (Higham, 2002, chapter 3). If it is summed in blocks of b terms, whose results are added
+one after the other, k is b plus the number of blocks. The real and the imaginary part of a complex
+inner product are real ones of twice the length, so that the modulus of the error is at most
+`sqrt(2) gamma(2 k) <= gamma(3 k)`.
 
-It takes a matrix product of IEEE precision: `Precision.HIGHEST`, on CPU and GPU.
+This presumes matrix products in IEEE precision: `Precision.HIGHEST`, on CPU and GPU.
 """
 
 import jax
@@ -17,11 +18,15 @@ _BLOCK = 128  # rows summed at once: few enough for gamma, enough for a fast pro
 
 
 def gamma(terms: int, dtype: jnp.dtype) -> float:
-    """Higham's gamma: the relative error of `terms` roundings."""
+    """Compute Higham's gamma, the relative error of `terms` roundings; ValueError if it is useless.
+
+    A relative error of 1/2 leaves no correct digit.
+    """
     error = terms * float(jnp.finfo(dtype).eps) / 2
     if error >= 0.5:
         raise ValueError(
-            f"{terms} roundings in {dtype} leave no digit; use jax_enable_x64 and float64."
+            f"terms: {terms} roundings in {dtype}, expected fewer, as no digit of the sum would be "
+            "certain; use jax_enable_x64 and float64."
         )
     return error / (1 - error)
 
@@ -30,19 +35,24 @@ def power_of_two(x: Array) -> Float[Array, ""]:
     """The power of two just above the largest magnitude in an array; 1 if that is 0."""
     largest = jnp.max(jnp.abs(x), initial=0)
     fraction, _ = jnp.frexp(largest)
-    return jnp.where(largest > 0, largest / jnp.where(largest > 0, fraction, 1), 1)  # exact
+    # Dividing a number by its fraction is exact, whereas exp2 of an exponent may be rounded.
+    return jnp.where(largest > 0, largest / jnp.where(largest > 0, fraction, 1), 1)
 
 
 def is_nonzero(x: Inexact[Array, "..."]) -> Bool[Array, ""]:
-    """Whether any entry is not 0, by its bits: comparisons may take subnormal numbers for 0."""
+    """Whether any entry is not 0, by its bits, as XLA's comparisons may flush subnormals to 0."""
     if jnp.iscomplexobj(x):
         return is_nonzero(x.real) | is_nonzero(x.imag)
     integers = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    return jnp.any(jax.lax.bitcast_convert_type(x, integers) << 1 != 0)
+    return jnp.any(jax.lax.bitcast_convert_type(x, integers) << 1 != 0)  # without the sign bit
 
 
 def magnitude_bound(matrix: Inexact[Array, "rows cols"]) -> Float[Array, ""]:
-    """An upper bound of the norm of the magnitudes, rounded up, for entries of order 1."""
+    """Bound the spectral norm of the matrix of magnitudes, rounded up, for entries of order 1.
+
+    The smaller of the Frobenius norm and `sqrt(max row sum * max column sum)`; either bounds the
+    norm of the matrix itself too.
+    """
     magnitudes = jnp.abs(matrix)
     # Without the barrier XLA may merge the two sums into one of rows * cols terms, whose error has
     # no useful bound.
@@ -58,11 +68,11 @@ def product(a: Inexact[Array, "rows m"], b: Inexact[Array, "rows n"]) -> Inexact
     if blocks <= 1:
         return _product(a, b)
 
-    def split(matrix):
+    def split(matrix: Inexact[Array, "rows cols"]) -> Inexact[Array, "blocks block cols"]:
         padded = jnp.pad(matrix, ((0, blocks * _BLOCK - len(matrix)), (0, 0)))
         return padded.reshape(blocks, _BLOCK, -1)
 
-    def add(total, pair):
+    def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         return total + _product(*pair), None
 
     zeros = jnp.zeros((a.shape[1], b.shape[1]), jnp.result_type(a, b))
@@ -70,7 +80,7 @@ def product(a: Inexact[Array, "rows m"], b: Inexact[Array, "rows n"]) -> Inexact
 
 
 def rounding(a: Inexact[Array, "rows m"], b: Inexact[Array, "rows n"]) -> Float[Array, ""]:
-    """A bound of the norm of the error of `product`, for entries of order 1."""
+    """Bound the norm of the rounding error of `product(a, b)`, for entries of order 1."""
     terms = min(len(a), _BLOCK) + -(-len(a) // _BLOCK) + 1
     if jnp.iscomplexobj(a):
         terms *= 3
