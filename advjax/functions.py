@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -67,6 +67,7 @@ class Function:
         return function
 
 
+@runtime_checkable
 class _Static(Protocol):
     """The static part of a function; hashable."""
 

@@ -224,3 +224,140 @@ def test_an_example_outside_the_box_has_no_certificate_from_a_bound_around_it():
     local = lipschitz.bound(steps, jnp.full(1, -1.0), radius=2.0, box=(0, 1))
     assert local.radius == 0
     assert lipschitz.certified_radius(jnp.array([1.0, 0.0]), 0, local) == 0
+
+
+# --- certify ---------------------------------------------------------------------------------
+
+
+def small_network(key, activation=jnp.tanh, inputs=2):
+    """A random network of two inputs and three classes."""
+    keys = jax.random.split(key, 3)
+    shapes = ((inputs, 8), (8, 8), (8, 3))
+    layers = [2 * jax.random.normal(k, s) / s[0] ** 0.5 for k, s in zip(keys, shapes, strict=True)]
+
+    def logits_fn(x):
+        for layer in layers[:-1]:
+            x = activation(x @ layer)
+        return x @ layers[-1]
+
+    return logits_fn
+
+
+def nearest_change(logits_fn, x, label, box=None):
+    """How far the nearest image of another class is, by a search along many directions."""
+    angles = np.linspace(0, 2 * np.pi, 720, endpoint=False)
+    lengths = np.linspace(0, 3, 3001)
+    points = jnp.asarray(np.multiply.outer(lengths, np.stack([np.cos(angles), np.sin(angles)], 1)))
+    points = jax.vmap(jax.vmap(lambda step: x + step))(points)
+    inside = True if box is None else jnp.all((points >= box[0]) & (points <= box[1]), -1)
+    changed = inside & (jax.vmap(jax.vmap(logits_fn))(points).argmax(-1) != label)
+    return lengths[np.any(changed, axis=1)].min(initial=np.inf)
+
+
+@pytest.mark.parametrize("activation", [jnp.tanh, jax.nn.relu, jax.nn.sigmoid])
+@pytest.mark.parametrize("box", [None, (-0.2, 1.0)])
+def test_certify_reaches_beyond_any_single_ball_and_never_too_far(activation, box):
+    gains = []
+    for seed in range(6):
+        logits_fn = small_network(jax.random.key(seed), activation)
+        x = jax.random.uniform(jax.random.key(100 + seed), (2,))
+        logits = logits_fn(x)
+        label = int(logits.argmax())
+        found = lipschitz.certify(logits_fn, x, label, box=box)
+        truth = nearest_change(logits_fn, x, label, box)
+        assert found.status == lipschitz.Status.CERTIFIED
+        assert 0 < found.radius <= truth
+        single = max(
+            float(
+                lipschitz.certified_radius(
+                    logits,
+                    label,
+                    lipschitz.pairwise(
+                        logits_fn, x, method=lipschitz.eclipse, box=box, radius=radius
+                    ),
+                )
+            )
+            for radius in np.linspace(0.2, 1.5, 8) * float(found.radius)
+        )
+        assert found.radius >= 0.98 * single
+        gains.append(float(found.radius) / single)
+    assert np.mean(gains) > 1.02
+
+
+def test_with_many_shells_certify_finds_the_exact_radius_of_one_unit():
+    w = jnp.array([3.0, -4.0])
+
+    def logits_fn(x):
+        return jnp.tanh(x @ w[:, None]) @ jnp.array([[1.0, 0.0]])
+
+    x = jnp.array([0.6, 0.2])  # w.x = 1, so that the class changes at a distance of 1/5
+    coarse, fine = (
+        lipschitz.certify(logits_fn, x, 0, num_shells=n, error=0.0).radius for n in (8, 256)
+    )
+    assert coarse < fine <= 0.2
+    assert fine == pytest.approx(0.2, rel=5e-3)
+
+
+def test_certify_names_the_class_that_limits_it():
+    weights = jnp.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0.5, 0], [0, 0, 0, 0.1]])
+    x = jnp.array([4.0, 1.0, 3.0, 0.0])
+    found = lipschitz.certify(lambda x: x @ weights, x, 0, error=0.0)
+    # The margins of 3, 2.5 and 4 over slopes of sqrt 2, sqrt 1.25 and sqrt 1.01.
+    assert found.nearest == 1
+    assert found.radius == pytest.approx(3 / np.sqrt(2), rel=1e-4)
+
+
+def test_certify_says_why_there_is_no_certificate():
+    logits_fn, x = small_network(jax.random.key(0)), jnp.array([0.4, 0.6])
+    best, worst = int(logits_fn(x).argmax()), int(logits_fn(x).argmin())
+    cases = {
+        lipschitz.Status.CERTIFIED: lipschitz.certify(logits_fn, x, best),
+        lipschitz.Status.NOT_PREDICTED: lipschitz.certify(logits_fn, x, worst),
+        lipschitz.Status.OUTSIDE_BOX: lipschitz.certify(logits_fn, x, best, box=(0, 0.5)),
+        lipschitz.Status.UNBOUNDED: lipschitz.certify(
+            lambda x: jnp.array([1.0, 0.0]) + x * 1e30 * 1e30, 0 * x, 0
+        ),
+    }
+    for status, found in cases.items():
+        assert found.status == status
+        assert (found.radius > 0) == (status == lipschitz.Status.CERTIFIED)
+
+
+def test_certify_may_be_mapped_compiled_and_given_traced_parameters():
+    logits_fn = small_network(jax.random.key(1))
+    xs = jax.random.uniform(jax.random.key(2), (5, 2))
+    labels = jax.vmap(logits_fn)(xs).argmax(1)
+
+    def certify(scale, x, label):
+        return lipschitz.certify(lambda x: logits_fn(scale * x), x, label)
+
+    found = jax.jit(jax.vmap(certify, (None, 0, 0)))(1.0, xs, labels)
+    for i, (x, label) in enumerate(zip(xs, labels, strict=True)):
+        alone = lipschitz.certify(logits_fn, x, label)
+        np.testing.assert_allclose(found.radius[i], alone.radius, rtol=1e-3)
+        assert found.nearest[i] == alone.nearest
+
+
+def test_a_masked_class_limits_no_certificate():
+    logits_fn = small_network(jax.random.key(3))
+
+    def masked(x):
+        return jnp.append(logits_fn(x), -jnp.inf)
+
+    x = jnp.array([0.3, 0.7])
+    label = int(logits_fn(x).argmax())
+    plain, found = (lipschitz.certify(f, x, label) for f in (logits_fn, masked))
+    np.testing.assert_allclose(found.radius, plain.radius, rtol=0.3)
+    assert found.nearest == plain.nearest
+
+
+def test_no_attack_on_digits_beats_certify(net):
+    chosen = np.flatnonzero(net.right)[:20]
+    images, labels = net.images[chosen], net.labels[chosen]
+    certify = functools.partial(lipschitz.certify, net.logits_fn, box=(0, 1), num_shells=8)
+    found = jax.jit(jax.vmap(certify))(images, labels)
+    attack = attacks.untargeted(attacks.minimum_norm(net.logits_fn))
+    distance = l2(runner.attack_images(attack, images, labels))
+    assert np.all(found.radius < distance)
+    assert np.all(found.radius >= 0.9 * net.radii["pairs"][chosen])
+    assert np.mean(found.radius / distance) > 0.35

@@ -343,7 +343,7 @@ def test_running_statistics_are_updated_by_those_of_the_batch_on_request():
 
 def test_dropout_trains_by_keys_and_the_model_is_deterministic_after_it():
     model, variables, images, labels = normalized()
-    result, again = (train_normalized(epochs=60, batch_size=20) for _ in range(2))
+    result, again = (train_normalized(epochs=120, batch_size=20) for _ in range(2))
     assert_trees_equal(result.params, again.params)
     untrained, trained = (
         functools.partial(model.apply, v, train=False) for v in (variables, result.params)

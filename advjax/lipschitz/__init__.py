@@ -1,7 +1,7 @@
 """Lipschitz bounds in L2: of one linear layer, and of any JAX function."""
 
 from advjax.lipschitz.bound import Bound, Layer, bound, linear_layers, pairwise
-from advjax.lipschitz.certificates import certified_radius
+from advjax.lipschitz.certificates import Certificate, Status, certified_radius, certify
 from advjax.lipschitz.jaxpr.rules import register_rule
 from advjax.lipschitz.jaxpr.values import NotLipschitzError, Operation, Signal
 from advjax.lipschitz.linear.lanczos import (
@@ -17,6 +17,7 @@ from advjax.lipschitz.linear.norms import NormBound
 
 __all__ = [
     "Bound",
+    "Certificate",
     "ChainBound",
     "Conv",
     "Dense",
@@ -27,8 +28,10 @@ __all__ = [
     "NotLipschitzError",
     "Operation",
     "Signal",
+    "Status",
     "bound",
     "certified_radius",
+    "certify",
     "conv_norm",
     "dense_norm",
     "eclipse",

@@ -1,13 +1,19 @@
 """Radii within which no perturbation changes a prediction."""
 
+import enum
 import math
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from advjax import checks
-from advjax.lipschitz.bound import Bound
+from advjax.lipschitz.bound import Bound, pairwise
+from advjax.lipschitz.jaxpr.values import NotLipschitzError
+from advjax.lipschitz.linear.lipsdp import Method, eclipse
+from advjax.types import Box, LogitsFn
 
 # The default rounding error of a logit, relative to the larger of two: 1,024 roundings, but no more
 # than 1,024 of float32 where the logits themselves are coarser.
@@ -57,30 +63,176 @@ def certified_radius(
     at most `sqrt(2)` times that of all logits.
     """
     logits, label = checks.one_example(logits), checks.class_index("label", label)
-    roundoff = float(jnp.finfo(logits.dtype).eps)
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    logits = logits.astype(dtype)
-    radius = jnp.asarray(math.inf, dtype)
+    margins = _certain_margins(logits, label, error)
+    radius = jnp.asarray(math.inf, margins.dtype)
     if isinstance(constant, Bound):
-        radius, constant = jnp.asarray(constant.radius, dtype), constant.constant
-    constant = jnp.asarray(constant, dtype)
+        radius, constant = jnp.asarray(constant.radius, margins.dtype), constant.constant
+    constant = jnp.asarray(constant, margins.dtype)
     if constant.shape not in {(), 2 * logits.shape}:
         raise ValueError(
             f"constant: shape {constant.shape}, expected a scalar or {2 * logits.shape}, one for "
             "each two logits."
         )
-    steepness = constant[label] if constant.ndim else math.sqrt(2) * constant
+    if not constant.ndim:
+        steepness = jnp.full_like(margins, math.sqrt(2) * constant)
+    else:
+        steepness = constant[label]
+    return jnp.minimum(jnp.min(_quotients(margins, steepness)), radius)
+
+
+class Status(enum.IntEnum):
+    """What a certificate is, or why there is none."""
+
+    CERTIFIED = 1
+    """No perturbation up to the radius changes the class."""
+    NOT_PREDICTED = 2
+    """The label is not the predicted class, or the margin is no larger than its rounding."""
+    OUTSIDE_BOX = 3
+    """The example is outside the box that it is to be certified in."""
+    UNBOUNDED = 4
+    """No finite Lipschitz constant was found near the example."""
+
+
+class Certificate(NamedTuple):
+    """A certified radius of one example.
+
+    Attributes:
+        radius: No perturbation of an L2 norm below this changes the class; 0 without a certificate.
+            For the paper's distortion divide it by `sqrt(x.size)`.
+        nearest: The class whose margin limits the radius.
+        status: A `lipschitz.Status`.
+    """
+
+    radius: Float[Array, ""]
+    nearest: Int[Array, ""]
+    status: Int[Array, ""]
+
+
+def certify(
+    logits_fn: LogitsFn,
+    x: Float[Array, "*shape"],
+    label: Int[ArrayLike, ""],
+    *,
+    box: Box | None = None,
+    method: Method = eclipse,
+    num_shells: int = 16,
+    error: Float[ArrayLike, ""] | None = None,
+) -> Certificate:
+    """Certify the largest L2 radius that Lipschitz bounds near one example allow.
+
+    Around the example lie balls of radii t_1 < t_2 < ... A bound L_i of the difference of two
+    logits that holds in the i-th ball means that the margin falls by no more than
+    `L_i (t_i - t_(i-1))` on the way through its shell. The certified radius is where these falls
+    add up to the margin. It exceeds what any single ball certifies, since the first shells are
+    crossed at their own, smaller slopes.
+
+    Args:
+        logits_fn: The network: one example to its logits.
+        x: One example; `jax.vmap` for many.
+        label: Its class, in `[0, classes)`; it may be traced.
+        box: A pair (lower, upper) that broadcasts to `x`. Perturbed examples are in it too, which
+            makes the bounds smaller. By default they may be anywhere.
+        method: How to bound a chain of layers: `lipschitz.eclipse`, or `lipschitz.lipsdp`, which is
+            tighter and takes many times as long.
+        num_shells: The number of balls. The time is proportional to it.
+        error: The most that a logit may differ from its exact value, as in `certified_radius`.
+
+    Returns:
+        A `Certificate`. It holds in exact arithmetic of the network, whose computed logits may be
+        off by `error`.
+
+    Raises:
+        TypeError: If `x` is not floating or `label` not an integer.
+        ValueError: If the logits have a batch axis, or `num_shells` is not a positive integer.
+        NotLipschitzError: If there is an operation without a bound near `x`.
+    """
+    x, label = checks.floating("x", x), checks.class_index("label", label)
+    num_shells = checks.positive_int("num_shells", num_shells)
+    logits = checks.one_example(logits_fn(x))
+    margins = _certain_margins(logits, label, error)
+
+    def steepness(radius: Float[Array, ""] | None) -> tuple[Array, Array]:
+        """Of each margin, within a radius, and whether the bound holds around the example."""
+        found = pairwise(logits_fn, x, method=method, box=box, radius=radius)
+        return found.constant[label].astype(margins.dtype), jnp.asarray(found.radius)
+
+    # Slopes only grow with the ball, so that those at the example tell how far to look.
+    at_example, _ = steepness(jnp.zeros((), margins.dtype))
+    everywhere = _everywhere(steepness, margins)
+    of_ball = jnp.min(_quotients(margins, at_example))
+    farthest = jnp.where(jnp.isfinite(of_ball) & (of_ball > 0), of_ball, _reach(x, box))
+    ends = farthest * jnp.arange(1, num_shells + 1) / num_shells
+    slopes, certifies = jax.lax.map(steepness, ends)
+
+    outside = jnp.any(certifies < ends)
+    through_shells = jax.vmap(_through_shells, in_axes=(0, 1, None))
+    radii = jnp.maximum(through_shells(margins, slopes, ends), everywhere)
+    radius = jnp.where(outside, 0, jnp.min(radii))
+    status = jnp.select(
+        [jnp.min(margins) <= 0, outside, radius <= 0],
+        [jnp.int32(s) for s in (Status.NOT_PREDICTED, Status.OUTSIDE_BOX, Status.UNBOUNDED)],
+        jnp.int32(Status.CERTIFIED),
+    )
+    return Certificate(radius, jnp.argmin(radii).astype(jnp.int32), status)
+
+
+def _everywhere(steepness, margins: Float[Array, " classes"]) -> Float[Array, " classes"]:
+    """What a bound of all inputs certifies against each class; 0 if there is none."""
+    try:
+        return _quotients(margins, steepness(None)[0])
+    except NotLipschitzError:
+        return jnp.zeros_like(margins)
+
+
+def _reach(x: Float[Array, "*shape"], box: Box | None) -> Float[Array, ""]:
+    """How far from an example to look where the slopes there do not tell: through its box."""
+    steps = x if box is None else jnp.maximum(*(jnp.abs(x - end) for end in checks.box(box, x)))
+    length = jnp.linalg.norm(jnp.ravel(steps))
+    return jnp.where(length > 0, length, 1)
+
+
+def _through_shells(
+    margin: Float[Array, ""], slopes: Float[Array, " shells"], ends: Float[Array, " shells"]
+) -> Float[Array, ""]:
+    """The radius at which the margin over one class is used up, or the outermost one."""
+    eps = 8 * len(ends) * jnp.finfo(ends.dtype).eps  # of the sums
+    starts = jnp.append(0, ends[:-1])
+    used = jnp.cumsum((1 + eps) * slopes * (ends - starts))
+    before = jnp.append(0, used[:-1])
+    into = jnp.minimum((1 - eps) * _over(margin - before, slopes), ends - starts)
+    reached = jnp.max(jnp.where(before < margin, starts + into, 0))
+    return jnp.where(jnp.isinf(margin), jnp.inf, (1 - eps) * reached)
+
+
+def _certain_margins(
+    logits: Float[Array, " classes"],
+    label: Int[Array, ""],
+    error: Float[ArrayLike, ""] | None,
+) -> Float[Array, " classes"]:
+    """The label's margins over the other classes, at least, whatever the rounding; 0 if none."""
+    roundoff = float(jnp.finfo(logits.dtype).eps)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     top = logits[label]
     if error is None:
         # Each of the two logits may be off; an infinite one, as of a masked class, is exact.
         relative = max(_ROUNDINGS * roundoff, min(_ERROR, 1024 * roundoff))
         larger = jnp.maximum(jnp.abs(top), jnp.abs(logits))
         error = jnp.where(jnp.isfinite(larger), relative * larger, 0)
-    margin = jnp.maximum(top - logits - 2 * jnp.asarray(error, dtype), 0)
-    rounded_down = 1 - 8 * jnp.finfo(dtype).eps
-    usable = (steepness > 0) & jnp.isfinite(steepness)
-    within = rounded_down * margin / jnp.where(usable, steepness, 1)
-    flat = (steepness == 0) & (margin > 0)
-    radii = jnp.where(usable, within, jnp.where(flat, jnp.inf, 0))
-    others = jnp.arange(len(logits)) != label
-    return jnp.minimum(jnp.min(jnp.where(others, radii, jnp.inf)), radius)
+    margins = jnp.maximum(top - logits - 2 * jnp.asarray(error, logits.dtype), 0)
+    return jnp.where(jnp.arange(len(logits)) == label, jnp.inf, margins)
+
+
+def _quotients(
+    margins: Float[Array, " classes"], steepness: Float[Array, " classes"]
+) -> Float[Array, " classes"]:
+    """How far from the example each margin lasts."""
+    rounded_down = 1 - 8 * jnp.finfo(margins.dtype).eps
+    return rounded_down * _over(margins, steepness)
+
+
+def _over(margins: Float[Array, "*n"], steepness: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Their quotient; 0 for no margin or no finite slope, infinite for a margin without a slope."""
+    usable = (steepness > 0) & jnp.isfinite(steepness) & jnp.isfinite(margins)
+    within = jnp.maximum(margins, 0) / jnp.where(usable, steepness, 1)
+    flat = (margins > 0) & ((steepness == 0) | jnp.isinf(margins))
+    return jnp.where(usable, within, jnp.where(flat, jnp.inf, 0))
