@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -64,6 +64,7 @@ class Function:
         return function
 
 
+@runtime_checkable
 class _Static(Protocol):
     """What a function is besides its arrays; hashable."""
 

@@ -1,7 +1,7 @@
 """Operator norms of layers, between a certified bound and an estimate from below."""
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ class NormBound(NamedTuple):
     upper: Float[Array, ""]
 
 
+@runtime_checkable
 class LinearLayer(Protocol):
     """The interface of a layer: a pytree whose leaf is its kernel."""
 
