@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from advjax.types import Box, LogitsFn
 
@@ -84,7 +84,7 @@ def box(value: Any, x: Float[Array, "*shape"]) -> Box:
     return Box(bound("lower", lower), bound("upper", upper))
 
 
-def is_outside(x: Any, box: Box, *, xp: Any = jnp) -> Bool[Array, ""]:
+def is_outside(x: Any, box: Box, *, xp: Any = jnp) -> Any:
     """Whether `x` leaves the box by more than rounding: a thousandth of its (finite) width.
 
     Args:

@@ -352,11 +352,11 @@ def _two_loop_recursion(
 
 def _remember(
     memory: _Memory,
-    step: Float[Array, "*shape"],
-    grad_change: Float[Array, "*shape"],
+    step: Float[ArrayLike, "*shape"],
+    grad_change: Float[ArrayLike, "*shape"],
     *,
-    keep: Bool[Array, ""],
-    forget: Bool[Array, ""],
+    keep: Bool[ArrayLike, ""],
+    forget: Bool[ArrayLike, ""],
 ) -> _Memory:
     """Overwrite the oldest pair with a new one if its curvature is positive; or drop all pairs."""
     (s, of_step), (y, of_change) = scale(jnp.ravel(step)), scale(jnp.ravel(grad_change))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Key, PyTree
 
 from advjax import checks, losses
@@ -29,7 +30,7 @@ class LipschitzState(NamedTuple):
 def lipschitz_penalty(
     weight: float,
     apply: Callable[[PyTree[Array], Float[Array, "*shape"]], Array],
-    like: Float[Array, "*shape"] | jax.ShapeDtypeStruct,
+    like: Float[ArrayLike, "*shape"] | jax.ShapeDtypeStruct,
     *,
     num_steps: int = 1,
 ) -> optax.GradientTransformation:

@@ -43,12 +43,7 @@ def top_images(features: ArrayLike, directions: ArrayLike, *, k: int = 10) -> To
     Reference: Szegedy et al. (2013), section 3, Figures 1 to 4.
     """
     features = matrix("features", features)
-    directions = matrix("directions", directions)
-    if directions.shape[1] != features.shape[1]:
-        raise ValueError(
-            f"directions: shape {directions.shape}, expected (m, {features.shape[1]}) for features "
-            f"of shape {features.shape}."
-        )
+    directions = basis(directions, features)
     k = checks.positive_int("k", k)
     if k > len(features):
         raise ValueError(f"k: {k}, expected at most {len(features)}, the number of images.")
@@ -153,6 +148,17 @@ def matrix(name: str, array: Any) -> Float[Array, "rows d"]:
             "flatten features with reshape(n, -1)."
         )
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def basis(directions: Any, features: Float[Array, "n d"]) -> Float[Array, "m d"]:
+    """`directions` as a matrix; an error unless it has one column per feature."""
+    directions = matrix("directions", directions)
+    if directions.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"directions: shape {directions.shape}, expected (m, {features.shape[1]}) for features "
+            f"of shape {features.shape}."
+        )
+    return directions
 
 
 def centred(features: Float[Array, "n d"]) -> Float[Array, "n d"]:

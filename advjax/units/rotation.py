@@ -10,7 +10,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from advjax import checks
-from advjax.units.directions import centred, matrix, natural_basis, random_rotation, top_images
+from advjax.units.directions import (
+    basis,
+    centred,
+    matrix,
+    natural_basis,
+    random_rotation,
+    top_images,
+)
 
 _ROUNDING = 16  # statistics that differ by less than this many units of rounding count as equal
 
@@ -148,7 +155,7 @@ def rotation_test(
     """
     features = matrix("features", features)
     n, d = features.shape
-    directions = natural_basis(d) if directions is None else matrix("directions", directions)
+    directions = natural_basis(d) if directions is None else basis(directions, features)
     _fewer("k", checks.positive_int("k", k), n)
     rotations = checks.positive_int("rotations", rotations)
     batch_size = min(checks.positive_int("batch_size", batch_size), rotations)
