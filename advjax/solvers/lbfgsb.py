@@ -365,7 +365,7 @@ def _remember(
     inverse_curvature = jnp.ldexp(s_y / jnp.where(keep, y_y, 1), of_step - of_change)
     size = len(memory.rounding)
     slot = jnp.where(keep, memory.num_pairs % size, 2 * size)  # beyond the end: dropped
-    rounding = jnp.finfo(step.dtype).eps * jnp.linalg.norm(s) * jnp.sqrt(y_y)
+    rounding = jnp.finfo(s.dtype).eps * jnp.linalg.norm(s) * jnp.sqrt(y_y)
     return memory._replace(
         history=memory.history.at[slot].set(s, mode="drop").at[size + slot].set(y, mode="drop"),
         exponents=memory.exponents.at[slot].set(of_step - of_change, mode="drop"),
