@@ -151,5 +151,6 @@ def test_jaxopt_climbs_where_its_backtracking_fails():
 def test_guarded_jaxopt_descends_a_steep_objective():
     start = np.array([5e-4], np.float32)
     result = solvers.minimize(steep, start, box=Box(), solver=solvers.jaxopt_lbfgsb())
-    assert result.status == Status.CONVERGED
+    # The nearest float32 to the minimum has a gradient of about the tolerance.
+    assert result.status in (Status.CONVERGED, Status.STALLED)
     np.testing.assert_allclose(result.x, 1e-3, atol=1e-6)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks
 from advjax.lipschitz.bound import Bound, pairwise
@@ -20,6 +20,8 @@ from advjax.types import Box, LogitsFn
 # than 1,024 of float32 where the logits themselves are coarser.
 _ERROR = 2.0**-13
 _ROUNDINGS = 2
+
+_FIRST_THICKNESS = 2  # of all shells together, relative to the radius if slopes did not change
 
 
 def certified_radius(
@@ -125,7 +127,8 @@ def certify(
     logits that holds in the i-th ball means that the margin falls by no more than
     `L_i (t_i - t_(i-1))` on the way through its shell. The certified radius is where these falls
     add up to the margin. It exceeds what any single ball certifies, since the first shells are
-    crossed at their own, smaller slopes.
+    crossed at their own, smaller slopes. A shell that would take half of what is left of a margin
+    is tried again half as thick.
 
     Args:
         logits_fn: The network: one example to its logits.
@@ -135,7 +138,7 @@ def certify(
             makes the bounds smaller. By default they may be anywhere.
         method: How to bound a chain of layers: `lipschitz.eclipse`, or `lipschitz.lipsdp`, which is
             tighter and takes many times as long.
-        num_shells: The number of balls. The time is proportional to it.
+        num_shells: The number of shells tried. The time is proportional to it.
         error: The most that a logit may differ from its exact value, as in `certified_radius`.
 
     Returns:
@@ -153,38 +156,79 @@ def certify(
     margins = _certain_margins(logits, label, error)
 
     def steepness(radius: Float[Array, ""] | None) -> tuple[Array, Array]:
-        """Of each margin, within a radius, and whether the bound holds around the example."""
+        """Of each margin, within a radius, and the radius that it holds in."""
         found = pairwise(logits_fn, x, method=method, box=box, radius=radius)
         return found.constant[label].astype(margins.dtype), jnp.asarray(found.radius)
 
-    # Slopes only grow with the ball, so that those at the example tell how far to look.
+    radius_everywhere, nearest_everywhere = _everywhere(steepness, margins)
     at_example, _ = steepness(jnp.zeros((), margins.dtype))
-    everywhere = _everywhere(steepness, margins)
     of_ball = jnp.min(_quotients(margins, at_example))
-    farthest = jnp.where(jnp.isfinite(of_ball) & (of_ball > 0), of_ball, _reach(x, box))
-    ends = farthest * jnp.arange(1, num_shells + 1) / num_shells
-    slopes, certifies = jax.lax.map(steepness, ends)
-
-    outside = jnp.any(certifies < ends)
-    through_shells = jax.vmap(_through_shells, in_axes=(0, 1, None))
-    radii = jnp.maximum(through_shells(margins, slopes, ends), everywhere)
-    radius = jnp.where(outside, 0, jnp.min(radii))
+    reach = jnp.where(jnp.isfinite(of_ball) & (of_ball > 0), of_ball, _reach(x, box))
+    start = _Walk(
+        t=jnp.zeros((), margins.dtype),
+        thickness=reach * _FIRST_THICKNESS / num_shells,
+        rest=margins,
+        radius=radius_everywhere,
+        nearest=nearest_everywhere,
+        outside=jnp.bool_(False),
+    )
+    end, _ = jax.lax.scan(
+        lambda walk, _: (_through_shell(walk, steepness), None), start, length=num_shells
+    )
+    radius = jnp.where(end.outside, 0, end.radius)
     status = jnp.select(
-        [jnp.min(margins) <= 0, outside, radius <= 0],
+        [jnp.min(margins) <= 0, end.outside, radius <= 0],
         [jnp.int32(s) for s in (Status.NOT_PREDICTED, Status.OUTSIDE_BOX, Status.UNBOUNDED)],
         jnp.int32(Status.CERTIFIED),
     )
-    return Certificate(radius, jnp.argmin(radii).astype(jnp.int32), status)
+    return Certificate(radius, end.nearest, status)
+
+
+Steepness = Callable[[Float[Array, ""] | None], tuple[Array, Array]]
+
+
+class _Walk(NamedTuple):
+    """How far from the example the shells have come, and what is left of the margins there."""
+
+    t: Float[Array, ""]
+    thickness: Float[Array, ""]  # of the next shell
+    rest: Float[Array, " classes"]
+    radius: Float[Array, ""]  # certified so far
+    nearest: Int[Array, ""]
+    outside: Bool[Array, ""]  # whether the example is outside the box
+
+
+def _through_shell(walk: _Walk, steepness: Steepness) -> _Walk:
+    """Try one more shell: cross it if it takes less than half of every margin."""
+    eps = 4 * jnp.finfo(walk.rest.dtype).eps  # of each quantity, rounded to the safe side
+    end = walk.t + walk.thickness
+    slopes, certifies = steepness(end)
+    distances = jnp.minimum((1 - eps) * _over(walk.rest, slopes), (1 - eps) * walk.thickness)
+    radius = (1 - eps) * (walk.t + jnp.min(distances))
+    fall = (1 + eps) * slopes * (walk.thickness + eps * end)
+    rest = jnp.where(jnp.isinf(walk.rest), jnp.inf, walk.rest - fall - eps * walk.rest)
+    crossed = jnp.all(rest >= walk.rest / 2)
+    return _Walk(
+        t=jnp.where(crossed, end, walk.t),
+        thickness=jnp.where(crossed, walk.thickness, walk.thickness / 2),
+        rest=jnp.where(crossed, rest, walk.rest),
+        radius=jnp.maximum(walk.radius, radius),
+        nearest=jnp.where(
+            radius > walk.radius, jnp.argmin(_over(walk.rest, slopes)), walk.nearest
+        ).astype(jnp.int32),
+        outside=walk.outside | (certifies < end),
+    )
 
 
 def _everywhere(
-    steepness: Callable[[None], tuple[Array, Array]], margins: Float[Array, " classes"]
-) -> Float[Array, " classes"]:
-    """What a bound of all inputs certifies against each class; 0 if there is none."""
+    steepness: Steepness, margins: Float[Array, " classes"]
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The radius that a bound of all inputs certifies, 0 if there is none, and the class."""
     try:
-        return _quotients(margins, steepness(None)[0])
+        radii = _quotients(margins, steepness(None)[0])
     except NotLipschitzError:
-        return jnp.zeros_like(margins)
+        radii = jnp.zeros_like(margins)
+    return jnp.min(radii), jnp.argmin(radii).astype(jnp.int32)
 
 
 def _reach(x: Float[Array, "*shape"], box: Box | None) -> Float[Array, ""]:
@@ -192,19 +236,6 @@ def _reach(x: Float[Array, "*shape"], box: Box | None) -> Float[Array, ""]:
     steps = x if box is None else jnp.maximum(*(jnp.abs(x - end) for end in checks.box(box, x)))
     length = jnp.linalg.norm(jnp.ravel(steps))
     return jnp.where(length > 0, length, 1)
-
-
-def _through_shells(
-    margin: Float[Array, ""], slopes: Float[Array, " shells"], ends: Float[Array, " shells"]
-) -> Float[Array, ""]:
-    """The radius at which the margin over one class is used up, or the outermost one."""
-    eps = 8 * len(ends) * jnp.finfo(ends.dtype).eps  # of the sums
-    starts = jnp.append(0, ends[:-1])
-    used = jnp.cumsum((1 + eps) * slopes * (ends - starts))
-    before = jnp.append(0, used[:-1])
-    into = jnp.minimum((1 - eps) * _over(margin - before, slopes), ends - starts)
-    reached = jnp.max(jnp.where(before < margin, starts + into, 0))
-    return jnp.where(jnp.isinf(margin), jnp.inf, (1 - eps) * reached)
 
 
 def _certain_margins(
