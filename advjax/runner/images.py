@@ -83,7 +83,9 @@ def attack_images(
         # The lanes have a mesh of their own, while the caller's may be explicit.
         stack.enter_context(sharding.no_mesh())
         replicated = NamedSharding(lanes_mesh, PartitionSpec())
-        attack = hoist(jax.device_put(as_attack(attack), replicated), example)
+        # Traced without a mesh, as the program is run under another one, in `shard_map`.
+        attack = hoist(jax.device_put(as_attack(attack), devices[0]), example)
+        attack = jax.device_put(attack, replicated)
         state, result = lane.eval_shape(attack, example, jax.ShapeDtypeStruct((), np.int32))
         results = jax.tree.map(lambda leaf: np.zeros((len(xs), *leaf.shape), leaf.dtype), result)
         if batch_size is None:
