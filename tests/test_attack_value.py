@@ -23,8 +23,9 @@ each_attack = pytest.mark.parametrize(
         attacks.minimum_norm,
         functools.partial(attacks.fgsm, epsilon=0.1, targeted=True),
         lambda logits_fn: attacks.untargeted(attacks.minimum_norm(logits_fn), k=2),
+        lambda logits_fn: attacks.quantized(attacks.minimum_norm(logits_fn), levels=16),
     ],
-    ids=["lbfgs", "minimum_norm", "fgsm", "untargeted"],
+    ids=["lbfgs", "minimum_norm", "fgsm", "untargeted", "quantized"],
 )
 KEYS = jax.random.split(jax.random.key(0), 6)
 X = jax.random.uniform(KEYS[0], (6,))
@@ -188,6 +189,7 @@ def all_kinds_of_meshes():
         functools.partial(attacks.minimum_norm, start=attacks.decoupled(num_steps=3)),
         functools.partial(attacks.fgsm, epsilon=0.1),
         lambda fn: attacks.untargeted(attacks.minimum_norm(fn), k=2),
+        lambda fn: attacks.quantized(attacks.minimum_norm(fn), levels=16),
     ):
         attack = make(functools.partial(apply, params))
         expected = jax.jit(jax.vmap(attack))(xs, targets)
