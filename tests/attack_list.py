@@ -14,5 +14,6 @@ MAKERS = {
     **{attack.__name__: attack for attack in SEARCHES},
     "fgsm": functools.partial(attacks.fgsm, epsilon=0.1, targeted=True),
     "untargeted": lambda logits_fn: attacks.untargeted(attacks.minimum_norm(logits_fn), k=2),
+    "quantized": lambda logits_fn: attacks.quantized(attacks.minimum_norm(logits_fn), levels=16),
 }
 """Every attack, as a function of the model alone."""

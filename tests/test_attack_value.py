@@ -145,7 +145,7 @@ def run_on_two_devices(function):
         capture_output=True,
         text=True,
         check=False,
-        timeout=400,
+        timeout=900,
     )
     assert process.returncode == 0, process.stderr[-3000:]
 

@@ -23,7 +23,7 @@ def snippets(page):
 
 def run(page, namespace):
     for snippet in snippets(page):
-        if "load_photographs" not in snippet or PHOTOGRAPHS:
+        if "load_photographs()" not in snippet or PHOTOGRAPHS:
             exec(compile(snippet, "page", "exec"), namespace)
 
 

@@ -60,6 +60,22 @@ def test_the_results_are_those_of_the_attack_itself(attack):
     assert result.success.all()
 
 
+def test_a_convolutional_network_is_attacked_as_any_other():
+    """JAX checks the meshes of a convolution's factors, of which one comes out of a jitted relu."""
+
+    def apply(kernels, x):
+        for kernel in kernels:
+            x = jax.nn.relu(jax.lax.conv_general_dilated(x[None], kernel, (1, 1), "SAME")[0])
+        return x.mean((1, 2))
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    kernels = [jax.random.normal(keys[0], (4, 1, 3, 3)), jax.random.normal(keys[1], (3, 4, 3, 3))]
+    xs = np.asarray(jax.random.uniform(keys[2], (3, 1, 5, 5)))
+    attack = attacks.fgsm(functools.partial(apply, kernels), epsilon=0.1)
+    result = runner.attack_images(attack, xs, np.arange(3), batch_size=2)
+    assert_same(result, jax.vmap(attack)(xs, np.arange(3)))
+
+
 @settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 2**32 - 1), batch_size=st.sampled_from([1, 8, 50]))
 def test_neither_order_nor_batch_size_changes_a_result(seed, batch_size):

@@ -6,6 +6,7 @@ from advjax.attacks.fgsm import fgsm
 from advjax.attacks.lbfgs import lbfgs
 from advjax.attacks.machine import Formulation, Search, Verdict, View
 from advjax.attacks.minimum_norm import minimum_norm
+from advjax.attacks.quantized import quantized
 from advjax.attacks.result import AttackResult, Status, admission
 from advjax.attacks.untargeted import untargeted
 
@@ -24,5 +25,6 @@ __all__ = [
     "fgsm",
     "lbfgs",
     "minimum_norm",
+    "quantized",
     "untargeted",
 ]

@@ -35,9 +35,10 @@ _FOLDER = re.compile(rf"{_WORDNET_ID}|(\d{{1,3}})")
 def load_photographs(
     *,
     folder: str | os.PathLike[str] | None = None,
-    size: int = 224,
+    size: int | None = 224,
     crop: float = 0.875,
     count: int | None = None,
+    channels: Literal[1, 3] = 3,
 ) -> Dataset:
     """Load the photographs in a folder, or twenty of ImageNet, as NumPy arrays.
 
@@ -49,18 +50,20 @@ def load_photographs(
         folder: A folder with files .jpg, .jpeg, .png, .webp or .bmp, in lower or upper case, also
             in its subfolders; hidden files are ignored. By default the twenty photographs of
             ImageNet in the package foolbox.
-        size: The height and width of the images, in pixels.
+        size: The height and width of the images, in pixels. If None they are left as they are,
+            neither resized nor cropped, as those of `save_images`; all must be of one size then.
         crop: The side of the central square that is kept, as a fraction of the shorter side.
         count: The largest number of images, the first ones by name; all if None.
+        channels: 3 for red, green and blue; 1 for grey.
 
     Returns:
-        Images `(n, size, size, 3)`, float32 in [0, 1]; labels `(n,)`, int32 in [0, 999], or -1 for
-        a class that is not given or not one of ImageNet's 1,000; and the source, "foolbox" or the
-        folder.
+        Images `(n, size, size, channels)`, float32 in [0, 1]; labels `(n,)`, int32 in [0, 999], or
+        -1 for a class that is not given or not one of ImageNet's 1,000; and the source, "foolbox"
+        or the folder.
 
     Raises:
-        ValueError: If an option is out of range, or a file is broken, truncated, or so large that
-            Pillow regards it as a decompression bomb.
+        ValueError: If an option is out of range; a file is broken, truncated, or so large that
+            Pillow regards it as a decompression bomb; or the sizes differ while `size` is None.
         FileNotFoundError: If the folder does not exist or contains no image files.
         ImportError: If foolbox, Pillow, or, for WordNet ids, tensorflow-datasets is not installed.
     """
@@ -72,7 +75,7 @@ def load_photographs(
         source = str(root)
         if not root.is_dir():
             raise FileNotFoundError(f"folder: {root}, expected a folder of image files.")
-        paths = sorted(path for path in root.rglob("*") if _is_image(path))
+        paths = sorted(path for path in root.rglob("*") if is_image(path))
     if not paths:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise FileNotFoundError(f"folder: no photographs in {source}, expected files {suffixes}.")
@@ -81,7 +84,7 @@ def load_photographs(
         path = paths[index]
         return str(path), path.read_bytes(), _label(path)
 
-    return _decode(read, len(paths), source, size, crop, count)
+    return _decode(read, len(paths), source, size, crop, count, channels)
 
 
 def load_imagenet(
@@ -144,7 +147,8 @@ def _package(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: Path) -> bool:
+    """Whether `load_photographs` reads a file that it finds in a folder."""
     # Some systems create a hidden file beside each image, named like it after a dot.
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
@@ -170,29 +174,42 @@ def _decode(
     read: Callable[[int], tuple[str, bytes, int]],
     found: int,
     source: str,
-    size: int,
+    size: int | None,
     crop: float,
     count: int | None,
+    channels: int = 3,
 ) -> Dataset:
     """Decode the first photographs; `read` returns a file's name, its contents and the class.
 
     They are decoded one at a time, as a photograph in full size can be large.
     """
-    if size < 1:
+    if size is not None and size < 1:
         raise ValueError(f"size: {size}, expected at least 1 pixel.")
     if not 0 < crop <= 1:
         raise ValueError(f"crop: {crop}, expected a fraction above 0 and at most 1.")
     if count is not None and count < 1:
         raise ValueError(f"count: {count}, expected at least 1, or None for all.")
+    if channels not in (1, 3):
+        raise ValueError(f"channels: {channels}, expected 1 or 3.")
     n = found if count is None else min(count, found)
-    images, labels = np.empty((n, size, size, 3), np.float32), np.empty(n, np.int32)
+    labels = np.empty(n, np.int32)
     for i in range(n):
         name, contents, labels[i] = read(i)
-        images[i] = _pixels(name, contents, size, crop)
+        pixels = _pixels(name, contents, size, crop, channels)
+        if i == 0:
+            images = np.empty((n, *pixels.shape), np.float32)
+        if pixels.shape != images.shape[1:]:
+            raise ValueError(
+                f"size: None, but {name} has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                f"expected {images.shape[2]} x {images.shape[1]} as before; pass a size."
+            )
+        images[i] = pixels
     return Dataset(images, labels, source)
 
 
-def _pixels(name: str, contents: bytes, size: int, crop: float) -> Float[np.ndarray, "h w 3"]:
+def _pixels(
+    name: str, contents: bytes, size: int | None, crop: float, channels: int
+) -> Float[np.ndarray, "h w channels"]:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -204,14 +221,24 @@ def _pixels(name: str, contents: bytes, size: int, crop: float) -> Float[np.ndar
             upright = _rgb(ImageOps.exif_transpose(image))
     except Exception as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    if size is not None:
+        upright = _central_square(upright, size, crop)
+    if channels == 1:
+        upright = upright.convert("L")
+    pixels = np.asarray(upright) / np.float32(255)
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _central_square(image: "Image", size: int, crop: float) -> "Image":
+    from PIL import Image
+
     # This is the same as resizing the shorter side to size / crop and cropping the centre, but
     # without rounding a side, and without computing pixels that are cropped.
-    width, height = upright.size
+    width, height = image.size
     side = crop * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
-    square = upright.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(square) / np.float32(255)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def _rgb(image: "Image") -> "Image":

@@ -84,17 +84,19 @@ def attack_images(
         # The lanes have their own mesh; in the caller's, the axes may be explicit.
         stack.enter_context(sharding.no_mesh())
         replicated = NamedSharding(lanes_mesh, PartitionSpec())
-        attack = hoist(jax.device_put(as_attack(attack), replicated), example)
-        state, result = lane.eval_shape(attack, example, jax.ShapeDtypeStruct((), np.int32))
+        # Traced without a mesh, as the program is run under another one, in `shard_map`.
+        hoisted = hoist(jax.device_put(as_attack(attack), devices[0]), example)
+        spread: Attack = jax.device_put(hoisted, replicated)
+        state, result = lane.eval_shape(spread, example, jax.ShapeDtypeStruct((), np.int32))
         results = jax.tree.map(lambda leaf: np.zeros((len(xs), *leaf.shape), leaf.dtype), result)
         if batch_size is None:
-            batch_size = default_batch_size(attack, state, xs[:1], devices[0])
+            batch_size = default_batch_size(spread, state, xs[:1], devices[0])
         batch_size = checks.positive_int("batch_size", batch_size)
         batch_size = max(1, min(batch_size, -(-len(own) // len(devices))))
 
         queue, add = own, None
         if directory is not None:
-            run = fingerprint(attack, xs, targets)
+            run = fingerprint(spread, xs, targets)
             checkpoint = stack.enter_context(Checkpoint(Path(directory), run))
             queue, add = np.setdiff1d(own, checkpoint.restore(results)), checkpoint.add
         shown = None
@@ -103,7 +105,7 @@ def attack_images(
             shown = bar(desc=title, total=len(own), initial=done, unit="image")
             stack.enter_context(shown)
         for images, finished in attack_in_lanes(
-            attack, xs, targets, queue, mesh=lanes_mesh, batch_size=batch_size
+            spread, xs, targets, queue, mesh=lanes_mesh, batch_size=batch_size
         ):
             for field, values in zip(results, finished, strict=True):
                 field[images] = values
