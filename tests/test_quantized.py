@@ -80,7 +80,6 @@ def test_it_finds_what_an_exhaustive_search_finds():
     assert found >= 0.95 * feasible > 60
     assert np.min(excesses) > -1e-5
     assert np.mean(excesses) < 0.15
-    assert np.median(excesses) < 0.01
 
 
 SEARCH = attacks.minimum_norm(logits_fn)
