@@ -240,8 +240,8 @@ def _biggs(x: Array) -> Array:
 def _watson(x: Array) -> Array:
     t = (jnp.arange(1, 30) / 29)[:, None]
     j = jnp.arange(len(x))[None]
-    slope = jnp.sum(j[:, 1:] * x[1:] * t ** (j[:, 1:] - 1), axis=1)
-    value = jnp.sum(x * t**j, axis=1)
+    slope = jnp.sum(j[:, 1:] * x[None, 1:] * t ** (j[:, 1:] - 1), axis=1)
+    value = jnp.sum(x[None] * t**j, axis=1)
     return jnp.append(slope - value**2 - 1, jnp.stack([x[0], x[1] - x[0] ** 2 - 1]))
 
 
