@@ -180,8 +180,8 @@ def test_no_image_is_in_order():
 @pytest.mark.parametrize(
     ("xs", "targets", "options", "error"),
     [
-        (XS, TARGETS[:-1], {}, r"targets: shape \(59,\), expected one class for each"),
-        (XS[0, 0], 3, {}, r"targets: shape \(\), expected one class for each"),
+        (XS, TARGETS[:-1], {}, r"targets: shape \(59,\), expected one class per image"),
+        (XS[0, 0], 3, {}, r"targets: shape \(\), expected one class per image"),
         (XS, TARGETS / 1, {}, "targets: dtype float64, expected integer"),
         ((255 * XS).astype(np.uint8), TARGETS, {}, r"xs: dtype uint8.*xs / 255"),
         (XS, TARGETS, {"batch_size": 0}, "batch_size: 0, expected an integer of at least 1"),
