@@ -28,8 +28,6 @@ from advjax.types import Box, LogitsFn
 
 T = TypeVar("T")
 
-_ROUNDINGS = 4  # of the largest logit: what their own dtype keeps apart
-_FAR_BELOW = 30  # times as far below the largest logit as the target: a class that does not matter
 _OUT_OF_REACH = 1e3  # diameters of the box: a slope that needs as many leads nowhere
 
 
@@ -301,7 +299,9 @@ class Search:
     ) -> View:
         logits, like = solver_state.aux, state.best.x
         dtype = jax.eval_shape(attack.logits_fn, like).dtype
-        resolution = jnp.where(first, _resolution(logits, state.target, dtype), state.resolution)
+        resolution = jnp.where(
+            first, precision.resolution(logits, state.target, dtype), state.resolution
+        )
         goal = resolution if self.confidence is None else self.confidence
         size, size_grad = jax.value_and_grad(self._size)(solver_state.x, state.origin, like.shape)
         start_size = jnp.zeros_like(size)
@@ -361,28 +361,6 @@ class Search:
             grad=jnp.where(changed, jnp.where(known, grad, 0), solver_state.grad),
             evaluated=jnp.where(changed, known, solver_state.evaluated),
         )
-
-
-def _resolution(
-    logits: Float[Array, " classes"], target: Int[Array, ""], dtype: Any
-) -> Float[Array, ""]:
-    """The smallest difference of logits that counts, from those of the clean image.
-
-    A fraction of their spread, but of classes that the search may meet: a masked class, at minus
-    infinity or at -1e9, is none. And never less than rounding, where a large constant is added to
-    all logits, or they are in half precision.
-    """
-    finite = jnp.isfinite(logits)
-    largest = jnp.max(logits, initial=-jnp.inf, where=finite)
-    below = jnp.where(finite, largest - logits, jnp.inf)
-    second = jnp.min(jnp.where(jnp.arange(len(below)) == jnp.argmin(below), jnp.inf, below))
-    aim = jnp.where(finite[target], below[target], 0)
-    reach = jnp.maximum(aim, jnp.where(jnp.isfinite(second), second, 0))
-    spread = jnp.max(below, initial=0, where=below <= _FAR_BELOW * reach)
-    magnitude = jnp.maximum(jnp.abs(largest), jnp.abs(largest - aim))
-    rounding = _ROUNDINGS * float(jnp.finfo(dtype).eps) * magnitude
-    resolution = jnp.maximum(precision.resolution(dtype) * spread, rounding)
-    return jnp.where(jnp.isfinite(resolution), resolution, 0)
 
 
 def _vanishes(view: View, box: Box) -> tuple[Bool[Array, ""], Bool[Array, ""]]:

@@ -12,10 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 _RESOLUTION = 2e-5  # of the spread of the logits: more than float32's rounding in any batch
 _OF_TENSORFLOAT = 1e-3
 _OF_BFLOAT = 4e-3
+_ROUNDINGS = 4  # of the largest logit: what their own dtype keeps apart
+_FAR_BELOW = 30  # times as far below the largest logit as the target: a class that does not matter
 _FULL = ("highest", "float32", "F32_F32_F32", "F64_F64_F64")
 
 
@@ -26,15 +29,38 @@ def full_unless_chosen() -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def resolution(dtype: Any) -> float:
-    """Return the smallest difference of logits that survives, as a fraction of their spread.
+def resolution(
+    logits: Float[Array, " classes"], target: Int[Array, ""], dtype: Any
+) -> Float[Array, ""]:
+    """Compute the smallest difference of logits that counts, from those of the clean image.
+
+    A fraction of their spread, but of classes that the search may meet: a masked class, at minus
+    infinity or at -1e9, is none. And never less than rounding, where a large constant is added to
+    all logits, or they are in half precision.
 
     Args:
-        dtype: The dtype of the logits.
+        logits: Logits of the clean image.
+        target: The class to reach.
+        dtype: The dtype that the model returns them in.
 
     Returns:
-        The fraction.
+        The difference, at least 0.
     """
+    finite = jnp.isfinite(logits)
+    largest = jnp.max(logits, initial=-jnp.inf, where=finite)
+    below = jnp.where(finite, largest - logits, jnp.inf)
+    second = jnp.min(jnp.where(jnp.arange(len(below)) == jnp.argmin(below), jnp.inf, below))
+    aim = jnp.where(finite[target], below[target], 0)
+    reach = jnp.maximum(aim, jnp.where(jnp.isfinite(second), second, 0))
+    spread = jnp.max(below, initial=0, where=below <= _FAR_BELOW * reach)
+    magnitude = jnp.maximum(jnp.abs(largest), jnp.abs(largest - aim))
+    rounding = _ROUNDINGS * float(jnp.finfo(dtype).eps) * magnitude
+    difference = jnp.maximum(_fraction(dtype) * spread, rounding)
+    return jnp.where(jnp.isfinite(difference), difference, 0)
+
+
+def _fraction(dtype: Any) -> float:
+    """The smallest difference that another evaluation keeps, as a fraction of the spread."""
     if jnp.finfo(dtype).bits > 32:
         return _RESOLUTION
     chosen, backend = _chosen(), jax.default_backend()

@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from advjax import checks, losses, metrics
+from advjax.attacks import precision
 from advjax.attacks.attack import Attack, Method
 from advjax.attacks.evaluation import Query, step_or_ask
 from advjax.attacks.fgsm import GradientSign
-from advjax.attacks.machine import _resolution
 from advjax.attacks.result import AttackResult, Status, admission, first_that_holds, is_untried
 from advjax.attacks.untargeted import AnyOtherClass
 from advjax.types import Box, LogitsFn
@@ -186,7 +186,7 @@ class OnGrid:
         logits, index = raw.astype(flat.dtype), jnp.clip(target, 0, classes - 1)
         goal = getattr(self.method, "confidence", None)
         if goal is None:
-            goal = _resolution(logits, index, raw.dtype)
+            goal = precision.resolution(logits, index, raw.dtype)
         margin = jnp.abs(metrics.margin(logits, index))
         usable = jnp.isfinite(margin) & (margin > 0)
         zero, no = jnp.zeros((), flat.dtype), jnp.bool_(False)
