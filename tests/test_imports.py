@@ -24,7 +24,7 @@ FLOORS = [  # from the top down; rooms of one floor do not import each other
     {"metrics"},
     {"losses"},
     {"checks"},
-    {"files", "functions", "progress", "sharding", "types"},
+    {"files", "functions", "jaxprs", "progress", "sharding", "types"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

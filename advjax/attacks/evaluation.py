@@ -5,7 +5,7 @@ two would compute both for every lane. So the attack's step is traced with a sta
 and the one place in its program where the model is evaluated serves whoever's turn it is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Array, Bool, Float
 
+from advjax import jaxprs
 from advjax.types import LogitsFn
 
 T = TypeVar("T")
@@ -56,8 +57,9 @@ def step_or_ask(
         The attack's state, stepped unless `ask`; and if `ask`, the logits of the query and the
         gradient. Otherwise these two are of no use.
     """
-    jaxpr, shapes = jax.make_jaxpr(lambda state: step(_stand_in(logits_fn, query.image), state),
-                                   return_shape=True)(state)  # fmt: skip
+    stand_in = _stand_in(logits_fn, query.image)
+    trace = jax.make_jaxpr(lambda state: step(stand_in, state), return_shape=True)
+    jaxpr, shapes = trace(state)
     if _is_evaluated_once(jaxpr.jaxpr, query.image.shape):
         leaves, logits, gradient = _run(jaxpr, jax.tree.leaves(state), logits_fn, ask, query)
         stepped = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -99,24 +101,18 @@ def _is_evaluated_once(jaxpr: core.Jaxpr, shape: tuple[int, ...]) -> bool:
     if image.shape != shape:  # several images, by jax.vmap
         return False
     others = (eqn for eqn in jaxpr.eqns if _call(eqn) is None)
-    return not any(_calls_within(inner) for eqn in others for inner in _inner(eqn))
+    return not any(_calls_within(inner) for eqn in others for inner in jaxprs.inner(eqn))
 
 
 def _calls_within(jaxpr: core.Jaxpr) -> bool:
-    return any(_call(eqn) is not None or any(map(_calls_within, _inner(eqn))) for eqn in jaxpr.eqns)
+    return any(
+        _call(eqn) is not None or any(map(_calls_within, jaxprs.inner(eqn))) for eqn in jaxpr.eqns
+    )
 
 
 def _call(eqn: core.JaxprEqn) -> str | None:
     name = eqn.params.get("name")
     return name if name in (_LOGITS, _PULLBACK) else None
-
-
-def _inner(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    for leaf in jax.tree.leaves(list(eqn.params.values())):
-        if isinstance(leaf, core.ClosedJaxpr):
-            yield leaf.jaxpr
-        elif isinstance(leaf, core.Jaxpr):
-            yield leaf
 
 
 def _run(

@@ -1,7 +1,7 @@
 """How many images a device has room for."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Float, PyTree
 
+from advjax import jaxprs
 from advjax.attacks import Attack
 from advjax.runner.lanes import step
 
@@ -52,7 +53,7 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
     held = peak = 0
     for i, eqn in enumerate(jaxpr.eqns):
         held += _bytes(v.aval for v in eqn.outvars)
-        peak = max(peak, held + max(map(peak_bytes, _inner(eqn)), default=0))
+        peak = max(peak, held + max(map(peak_bytes, jaxprs.inner(eqn)), default=0))
         held -= _bytes(v.aval for v in _used(eqn) - kept if last_use[v] == i)
     return peak
 
@@ -63,15 +64,6 @@ def _used(eqn: core.JaxprEqn) -> set[core.Var]:
 
 def _variables(atoms: Iterable[core.Var | core.Literal]) -> set[core.Var]:
     return {atom for atom in atoms if isinstance(atom, core.Var)}
-
-
-def _inner(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The programs that an operation calls, one at a time."""
-    for leaf in jax.tree.leaves(list(eqn.params.values())):
-        if isinstance(leaf, core.ClosedJaxpr):
-            yield leaf.jaxpr
-        elif isinstance(leaf, core.Jaxpr):
-            yield leaf
 
 
 def _bytes(shapes: Iterable[Any]) -> int:
